@@ -1,0 +1,281 @@
+"""Splits by patient for a domain that training never sees (BreaKHis: leave one magnification out).
+
+Patients are dealt once into groups that depend on nothing but their ids, their classes and a seed: the same for
+every held-out domain, method and training seed. Group `fold` is tested, the next one validates, the rest trains.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+PARTS = ("train", "val", "test", "test_source")
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Rows of a table, int64, and what they follow from.
+
+    Attributes:
+        train: Rows to train on, of the domains that are not held out.
+        val: Rows of other patients at the same domains: what a model may be chosen with.
+        test: Rows of yet other patients at the held-out domain.
+        test_source: Rows of the test patients at the training domains: what is lost on `test` against these is due
+            to the domain and not to the patients.
+        held_out: The domain that only `test` has.
+        fold: The group of patients that is tested, of `n_folds`; the next group validates.
+        split_seed: Seed of the deal.
+    """
+
+    train: np.ndarray
+    val: np.ndarray
+    test: np.ndarray
+    test_source: np.ndarray
+    held_out: int | str
+    fold: int = 0
+    n_folds: int = 5
+    split_seed: int = 0
+    label_column: str = "label"
+    domain_column: str = "magnification"
+    group_column: str = "patient"
+
+    def __post_init__(self):
+        for part in PARTS:
+            object.__setattr__(self, part, np.asarray(getattr(self, part), dtype=np.int64))
+
+    def to_json(self, path: str | os.PathLike, ds) -> None:
+        """Writes the patients of each part, which other copies of the same data can be split by.
+
+        Args:
+            path: File to write, at once or not at all.
+            ds: The table that the rows are of.
+
+        Raises:
+            ValueError: The split takes only some of a patient's rows, so patients do not describe it.
+        """
+        groups = _column(ds, self.group_column)
+        patients = {
+            "train": _distinct(groups, self.train),
+            "val": _distinct(groups, self.val),
+            "test": _distinct(groups, np.concatenate([self.test, self.test_source])),
+        }
+        taken = {patient for part in patients.values() for patient in part}
+        # Patients who have images at the held-out domain only, but are not tested.
+        patients["unused"] = sorted(set(groups) - taken, key=str)
+        about = {name: value for name, value in vars(self).items() if name not in PARTS}
+        again = _of_patients(ds, patients, **about)
+        differing = [part for part in PARTS if not np.array_equal(np.sort(getattr(self, part)), getattr(again, part))]
+        if differing:
+            raise ValueError(
+                f"A split is stored by its patients, but {differing} are not all rows of theirs at the domains they "
+                f"belong to (held out: {self.held_out!r}). Make it with leave_one_domain_out on the same table."
+            )
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(json.dumps({**about, "patients": patients}, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike, ds) -> Split:
+        """Finds the rows of `ds` that a stored split means, by patient, and checks them with `assert_disjoint`.
+
+        Raises:
+            ValueError: The file is no split, or it and the table do not have the same patients.
+        """
+        try:
+            about = json.loads(Path(path).read_text(encoding="utf-8"))
+            patients = about.pop("patients")
+            stored = [patient for part in ("train", "val", "test", "unused") for patient in patients[part]]
+            group_column = about["group_column"]
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not a split that Split.to_json wrote ({error!r}).") from error
+        twice = [patient for patient, n in Counter(stored).items() if n > 1]
+        if twice:
+            raise ValueError(f"{path} has patients in more than one part: {_some(twice)}.")
+        there = set(_column(ds, group_column))
+        missing, new = set(stored) - there, there - set(stored)
+        if missing or new:
+            raise ValueError(
+                f"{path} was made for other data: {len(missing)} of its patients are not in the table "
+                f"({_some(missing)}), {len(new)} of the table's are not in it ({_some(new)}). Use the table it was "
+                "made for, or make a new split."
+            )
+        split = _of_patients(ds, patients, **about)
+        assert_disjoint(split, ds)
+        return split
+
+
+def leave_one_domain_out(
+    ds,
+    held_out: int | str,
+    *,
+    n_folds: int = 5,
+    fold: int = 0,
+    split_seed: int = 0,
+    label_column: str = "label",
+    domain_column: str = "magnification",
+    group_column: str = "patient",
+) -> Split:
+    """Splits a table by patient so that one domain is unseen in training, and so are the patients it is tested on.
+
+    Rows of training and validation patients at the held-out domain are in no part. Over all folds, every patient is
+    tested once at every domain. Each group has as many patients as any other, of each class too, give or take one.
+
+    Args:
+        ds: A `datasets.Dataset`, or anything else whose columns are had by `ds[name]`.
+        held_out: The domain to test on.
+        n_folds: Number of groups, at least three: one tests, one validates.
+        fold: The group to test.
+        split_seed: Seed of the deal.
+        label_column: The class. Patients of several classes are dealt apart.
+        domain_column: What is held out.
+        group_column: What must not be on both sides: the patient.
+
+    Returns:
+        The split, its rows ascending.
+
+    Raises:
+        ValueError: A column is missing or has gaps, the domain is unknown or the only one, `fold` or `n_folds` is out
+            of range, there are fewer patients of a class than groups, or a part would lack a class.
+    """
+    if n_folds < 3:
+        raise ValueError(f"n_folds is {n_folds}; training, validation and test need at least 3 groups of patients.")
+    if not 0 <= fold < n_folds:
+        raise ValueError(f"fold is {fold}; with n_folds={n_folds} it runs from 0 to {n_folds - 1}.")
+    labels, domains, groups = (_column(ds, name) for name in (label_column, domain_column, group_column))
+    known = sorted(set(domains), key=lambda domain: (str(type(domain)), domain))
+    if held_out not in known:
+        raise ValueError(f"No row has {domain_column} {held_out!r}; the table has {known}.")
+    if len(known) == 1:
+        raise ValueError(f"Every row has {domain_column} {known[0]!r}; holding it out leaves nothing to train on.")
+
+    classes: dict = {}
+    for patient, label in zip(groups, labels, strict=True):
+        classes.setdefault(patient, set()).add(label)
+    counts = Counter(label for has in classes.values() for label in has)
+    if len(counts) == 1:
+        raise ValueError(f"Every row has {label_column} {labels[0]!r}; a classifier needs two classes.")
+    if min(counts.values()) < n_folds:
+        raise ValueError(
+            f"Every one of {n_folds} groups of patients needs one of each class, but there are only "
+            f"{', '.join(f'{n} of {label_column} {label!r}' for label, n in sorted(counts.items()))}. "
+            "Lower n_folds (3 at least) or add patients."
+        )
+    # Dealing on where the last class ended keeps the groups' sizes equal, and each class spread evenly.
+    deal = sorted(classes, key=lambda patient: (sorted(classes[patient]), _shuffle_key(split_seed, patient)))
+    patients = {"train": [], "val": [], "test": []}
+    for i, patient in enumerate(deal):
+        part = {fold: "test", (fold + 1) % n_folds: "val"}.get(i % n_folds, "train")
+        patients[part].append(patient)
+
+    split = _of_patients(
+        ds,
+        patients,
+        held_out=known[known.index(held_out)],  # the table's own type, which JSON can write
+        fold=fold,
+        n_folds=n_folds,
+        split_seed=split_seed,
+        label_column=label_column,
+        domain_column=domain_column,
+        group_column=group_column,
+    )
+    for part in PARTS:
+        lacking = sorted(set(labels) - {labels[i] for i in getattr(split, part)})
+        if lacking:
+            raise ValueError(
+                f"{part} of fold {fold} with {domain_column} {held_out!r} held out has no image of {label_column} "
+                f"{lacking}: its patients have none at the domains it takes. Lower n_folds, take another split_seed, "
+                "or leave out domains that few patients have."
+            )
+    assert_disjoint(split, ds)
+    return split
+
+
+def leave_one_magnification_out(ds, held_out: int, *, n_folds: int = 5, fold: int = 0, split_seed: int = 0) -> Split:
+    """`leave_one_domain_out` of a table as `load_breakhis` gives it: `held_out` is 40, 100, 200 or 400."""
+    return leave_one_domain_out(ds, held_out, n_folds=n_folds, fold=fold, split_seed=split_seed)
+
+
+def assert_disjoint(split: Split, ds) -> None:
+    """Checks that nothing of the test is seen before it: neither its patients nor its domain.
+
+    Args:
+        split: Rows of `ds`, with the names of its columns.
+        ds: The table.
+
+    Raises:
+        ValueError: Rows are out of range or taken twice, patients are in more than one of train, val and test (with
+            test_source), the held-out domain is in train, val or test_source, or another one is in test.
+    """
+    groups, domains = _column(ds, split.group_column), _column(ds, split.domain_column)
+    rows = np.concatenate([getattr(split, part) for part in PARTS])
+    if rows.size and not 0 <= rows.min() <= rows.max() < len(groups):
+        raise ValueError(f"The split has rows from {rows.min()} to {rows.max()}, the table only {len(groups)} rows.")
+    if len(np.unique(rows)) != rows.size:
+        twice = [i for i, n in Counter(rows.tolist()).items() if n > 1]
+        raise ValueError(f"{len(twice)} rows are taken more than once: {_some(twice)}.")
+
+    sides = {
+        "train": set(_distinct(groups, split.train)),
+        "val": set(_distinct(groups, split.val)),
+        "test": set(_distinct(groups, np.concatenate([split.test, split.test_source]))),
+    }
+    for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
+        shared = sides[one] & sides[other]
+        if shared:
+            raise ValueError(f"{len(shared)} patients are in {one} and in {other}: {_some(shared)}.")
+    for part in PARTS:
+        wrong = [i for i in getattr(split, part) if (domains[i] == split.held_out) != (part == "test")]
+        if wrong:
+            raise ValueError(
+                f"{part} has {len(wrong)} rows at {split.domain_column} {_some({domains[i] for i in wrong})} while "
+                f"{split.held_out!r} is held out; patients: {_some({groups[i] for i in wrong})}."
+            )
+
+
+def _of_patients(ds, patients: dict[str, list], *, held_out, **about) -> Split:
+    """The rows that `patients` of each part have at the domains which that part takes."""
+    part_of = {patient: part for part, members in patients.items() for patient in members}
+    domains, groups = _column(ds, about["domain_column"]), _column(ds, about["group_column"])
+    rows: dict[str, list[int]] = {part: [] for part in PARTS}
+    for i, (domain, patient) in enumerate(zip(domains, groups, strict=True)):
+        part, unseen = part_of[patient], domain == held_out
+        if part == "test":
+            rows["test" if unseen else "test_source"].append(i)
+        elif part != "unused" and not unseen:
+            rows[part].append(i)
+    return Split(**rows, held_out=held_out, **about)
+
+
+def _column(ds, name: str) -> list:
+    """A column as a list of Python values; no other column is read, and so no image decoded."""
+    if hasattr(ds, "with_format"):
+        ds = ds.with_format(None)  # a transform that the caller set may want all columns, images too
+    names = getattr(ds, "column_names", None) or list(ds)
+    if name not in names:
+        raise ValueError(f"The table has no column {name!r}; it has {', '.join(map(repr, names))}.")
+    values = ds[name][:]
+    values = values.tolist() if hasattr(values, "tolist") else list(values)
+    empty = [i for i, value in enumerate(values) if value is None or value != value]
+    if empty:
+        raise ValueError(f"Column {name!r} has no value in {len(empty)} rows ({_some(empty)}); fill or drop them.")
+    return values
+
+
+def _shuffle_key(split_seed: int, patient) -> str:
+    return hashlib.sha256(f"{split_seed}:{patient}".encode()).hexdigest()
+
+
+def _distinct(values: list, rows: np.ndarray) -> list:
+    return sorted({values[i] for i in rows}, key=str)
+
+
+def _some(values) -> str:
+    values = sorted(values, key=str)
+    return ", ".join(map(str, values[:10])) + (", ..." if len(values) > 10 else "")
