@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import timm
 import torch
 from torch import nn
 
@@ -44,9 +45,9 @@ class Task(nn.Module):
 
     @classmethod
     def create_model(cls, arch: str, *, num_classes: int, num_domains: int, **kwargs) -> nn.Module:
-        """The model this method trains: class logits of `num_classes`, `num_domains` training domains."""
-        import timm
-
+        """The model this method trains: `num_classes` class logits; any timm classifier, without a domain head."""
+        if timm.models.is_model_in_modules(arch, ["magdg"]):
+            kwargs["num_domains"] = 0
         return timm.create_model(arch, num_classes=num_classes, **kwargs)
 
     @property
