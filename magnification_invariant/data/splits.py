@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -92,13 +92,14 @@ class Split:
             about = json.loads(Path(path).read_text(encoding="utf-8"))
             patients = about.pop("patients")
             stored = [patient for part in ("train", "val", "test", "unused") for patient in patients[part]]
-            group_column = about["group_column"]
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            if differing := set(about) ^ ({field.name for field in fields(cls)} - set(PARTS)):
+                raise KeyError(*differing)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a split that Split.to_json wrote ({error!r}).") from error
         twice = [patient for patient, n in Counter(stored).items() if n > 1]
         if twice:
             raise ValueError(f"{path} has patients in more than one part: {_some(twice)}.")
-        there = set(_column(ds, group_column))
+        there = set(_column(ds, about["group_column"]))
         missing, new = set(stored) - there, there - set(stored)
         if missing or new:
             raise ValueError(
@@ -149,11 +150,8 @@ def leave_one_domain_out(
     if not 0 <= fold < n_folds:
         raise ValueError(f"fold is {fold}; with n_folds={n_folds} it runs from 0 to {n_folds - 1}.")
     labels, domains, groups = (_column(ds, name) for name in (label_column, domain_column, group_column))
-    known = sorted(set(domains), key=lambda domain: (str(type(domain)), domain))
-    if held_out not in known:
-        raise ValueError(f"No row has {domain_column} {held_out!r}; the table has {known}.")
-    if len(known) == 1:
-        raise ValueError(f"Every row has {domain_column} {known[0]!r}; holding it out leaves nothing to train on.")
+    if len(set(domains)) == 1:
+        raise ValueError(f"Every row has {domain_column} {domains[0]!r}; holding it out leaves nothing to train on.")
 
     classes: dict = {}
     for patient, label in zip(groups, labels, strict=True):
@@ -177,7 +175,7 @@ def leave_one_domain_out(
     split = _of_patients(
         ds,
         patients,
-        held_out=known[known.index(held_out)],  # the table's own type, which JSON can write
+        held_out=held_out,
         fold=fold,
         n_folds=n_folds,
         split_seed=split_seed,
@@ -243,6 +241,10 @@ def _of_patients(ds, patients: dict[str, list], *, held_out, **about) -> Split:
     """The rows that `patients` of each part have at the domains which that part takes."""
     part_of = {patient: part for part, members in patients.items() for patient in members}
     domains, groups = _column(ds, about["domain_column"]), _column(ds, about["group_column"])
+    known = sorted(set(domains), key=lambda domain: (str(type(domain)), domain))
+    if held_out not in known:
+        raise ValueError(f"No row has {about['domain_column']} {held_out!r}; the table has {known}.")
+    held_out = known[known.index(held_out)]  # the table's type: what NumPy scalar the caller had, JSON cannot write
     rows: dict[str, list[int]] = {part: [] for part in PARTS}
     for i, (domain, patient) in enumerate(zip(domains, groups, strict=True)):
         part, unseen = part_of[patient], domain == held_out
@@ -262,6 +264,8 @@ def _column(ds, name: str) -> list:
         raise ValueError(f"The table has no column {name!r}; it has {', '.join(map(repr, names))}.")
     values = ds[name][:]
     values = values.tolist() if hasattr(values, "tolist") else list(values)
+    if not values:
+        raise ValueError("The table has no rows.")
     empty = [i for i, value in enumerate(values) if value is None or value != value]
     if empty:
         raise ValueError(f"Column {name!r} has no value in {len(empty)} rows ({_some(empty)}); fill or drop them.")

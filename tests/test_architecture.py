@@ -1,0 +1,161 @@
+"""A module imports only from floors above its own; rooms of one floor do not import each other."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "magnification_invariant"
+ROOT = Path(__file__).parents[1]
+
+FLOORS = (
+    {"_version"},
+    {"models", "data", "metrics", "hub_files"},
+    {"tasks", "signatures", "model_folder", "records"},
+    {"engine"},
+    {"lomo"},
+    {"report", "explain", "hub", "classifier", "search"},
+    {"app", "export", "doctor"},
+    {"cli"},
+    {"__init__"},
+)
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def rooms_imported(source: str, module: str) -> list[tuple[int, str]]:
+    """Line and room of every import from the package, also inside functions, relative ones and import_module's.
+
+    Args:
+        source: The module's text.
+        module: Its dotted name; a package's ends in `.__init__`.
+    """
+    found: list[tuple[int, str]] = []
+
+    def add(line: int, name: str) -> None:
+        parts = name.split(".")
+        if parts[0] == PACKAGE:
+            # The root has the public names of all rooms: whoever imports one from it may mean any floor.
+            found.append((line, parts[1] if len(parts) > 1 and parts[1] in FLOOR else "__init__"))
+
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                add(node.lineno, alias.name)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join([*module.split(".")[: -node.level], *filter(None, [node.module])])
+            base = base if node.level else node.module
+            for alias in node.names:
+                add(node.lineno, f"{base}.{alias.name}")
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
+            if called in ("import_module", "__import__") and isinstance(node.args[0].value, str):
+                add(node.lineno, node.args[0].value)
+    return found
+
+
+def violations(source: str, module: str) -> list[str]:
+    """What is wrong with the imports of `module` (see `rooms_imported`)."""
+    own = module.split(".")[1]
+    if own not in FLOOR:
+        return [f"{module} is on no floor: give it a floor in FLOORS, below all that it imports."]
+    return [
+        f"{module}, line {line}: {own} (floor {FLOOR[own]}) imports {room} (floor {FLOOR[room]})"
+        for line, room in rooms_imported(source, module)
+        if room != own and FLOOR[room] >= FLOOR[own]
+    ]
+
+
+def unsafe_loads(source: str) -> list[int]:
+    """Lines that unpickle with torch: torch.load without a literal weights_only=True, or load under another name."""
+    lines = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module == "torch":
+            lines += [node.lineno for alias in node.names if alias.name == "load"]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+            safe = any(
+                k.arg == "weights_only" and isinstance(k.value, ast.Constant) and k.value.value is True
+                for k in node.keywords
+            )
+            lines += [] if safe else [node.lineno]
+    return lines
+
+
+def modules() -> dict[str, str]:
+    """Dotted name to text of every module of the package."""
+    return {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): path.read_text(encoding="utf-8")
+        for path in sorted((ROOT / PACKAGE).rglob("*.py"))
+    }
+
+
+def test_modules_import_only_from_floors_above():
+    sources = modules()
+    assert f"{PACKAGE}.__init__" in sources
+    assert not [violation for module, source in sources.items() for violation in violations(source, module)]
+
+
+def test_torch_loads_weights_only():
+    folders = [ROOT / PACKAGE, ROOT / "examples", ROOT / "benchmarks"]
+    files = [file for folder in folders for file in folder.rglob("*.py")]
+    assert not [f"{file}:{line}" for file in files for line in unsafe_loads(file.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "room"),
+    [
+        ("data.pixels", "from magnification_invariant.models import embed", "models"),
+        ("data.pixels", "import magnification_invariant.models.magdg as m", "models"),
+        ("data.pixels", "from magnification_invariant import metrics", "metrics"),
+        ("data.pixels", "from .. import metrics", "metrics"),
+        ("data.pixels", "from ..metrics.intervals import cluster_interval", "metrics"),
+        ("data.__init__", "from ..metrics import auc", "metrics"),
+        ("data.pixels", "def f():\n    from magnification_invariant.engine import fit", "engine"),
+        ("data.pixels", "import importlib\nimportlib.import_module('magnification_invariant.lomo')", "lomo"),
+        ("data.pixels", "from magnification_invariant import fit", "__init__"),
+        ("engine", "import magnification_invariant", "__init__"),
+        ("engine", "from . import lomo", "lomo"),
+        ("engine", "from .lomo import grid", "lomo"),
+        ("hub.card", "import magnification_invariant.report.table, json", "report"),
+    ],
+)
+def test_a_violation_is_seen(module, source, room):
+    (found,) = violations(source, f"{PACKAGE}.{module}")
+    assert f" imports {room} " in found
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("data.pixels", "from magnification_invariant.data.breakhis import load_breakhis"),
+        ("data.pixels", "from .breakhis import load_breakhis\nfrom . import splits"),
+        ("data.__init__", "from .breakhis import load_breakhis\nfrom . import splits"),
+        ("engine", "from magnification_invariant import metrics, tasks\nfrom .data.pixels import PixelCache"),
+        ("cli.__main__", "from magnification_invariant._version import __version__\nimport torch, magnification"),
+        ("__init__", "from magnification_invariant import models\nfrom .engine import fit"),
+    ],
+)
+def test_what_is_allowed(module, source):
+    assert not violations(source, f"{PACKAGE}.{module}")
+
+
+def test_a_new_room_needs_a_floor():
+    assert "give it a floor" in violations("", f"{PACKAGE}.utilities")[0]
+
+
+def test_an_unsafe_load_is_seen():
+    assert unsafe_loads("import torch\ntorch.load(f)\ntorch.load(f, weights_only=False)\ntorch.load(f, 'cpu')") == [
+        2,
+        3,
+        4,
+    ]
+    assert unsafe_loads("from torch import nn, load") == [1]
+    assert unsafe_loads("torch.load(f, map_location='cpu', weights_only=True)\njson.load(f)") == []
+
+
+@pytest.mark.slow
+def test_importing_the_package_stays_light():
+    heavy = {"datasets", "evaluate", "accelerate", "sklearn", "matplotlib"}
+    code = f"import sys, {PACKAGE}, {PACKAGE}.data; print(*({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == []
