@@ -1,0 +1,80 @@
+"""What `fit` costs over a bare loop: epochs of both in turns, in one process, on the same batches and augmentation.
+
+python benchmarks/fit_overhead.py
+"""
+
+import argparse
+import math
+import statistics
+import time
+
+import numpy as np
+import torch
+
+from magnification_invariant import load_virtual_slides
+from magnification_invariant.data.augment import DRAWS, cache_height, random_view
+from magnification_invariant.data.pixels import PixelCache
+from magnification_invariant.engine import FitConfig, TrainRows, fit, normalise
+from magnification_invariant.tasks import get_task
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--image-size", type=int, default=64)
+    parser.add_argument("--method", default="erm")
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    ds = load_virtual_slides(20, images_per_magnification=4)
+    cache = PixelCache(ds, cache_height(args.image_size))
+    domain = np.unique(ds["magnification"], return_inverse=True)[1]
+    rows = TrainRows(np.arange(len(ds)), np.asarray(ds["label"]), domain, np.asarray(ds["patient"]))
+    config = FitConfig(epochs=args.epochs, image_size=args.image_size)
+    steps = math.ceil(len(rows) / config.batch_size)
+    method = get_task(args.method)
+
+    def make():
+        torch.manual_seed(0)
+        return method(method.create_model(method.arch, num_classes=2, num_domains=4))
+
+    bare = make().train()
+    optimizer = torch.optim.AdamW(bare.parameters(), lr=config.learning_rate, fused=True)
+    target, domain = torch.from_numpy(rows.target), torch.from_numpy(rows.domain)
+    progress = torch.tensor(0.5)
+
+    def bare_epoch() -> None:
+        order = torch.randperm(len(rows))
+        for step in range(steps):
+            chosen = order[torch.arange(step * config.batch_size, (step + 1) * config.batch_size) % len(rows)]
+            draws = torch.rand(config.batch_size, DRAWS)
+            view = random_view(cache.pixels[chosen], draws, config.image_size, stain=config.stain)
+            loss = bare(normalise(view), target[chosen], domain[chosen], progress)["loss"]
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+
+    seconds = {"fit": [], "bare": []}
+    started = 0.0
+
+    def on_epoch(epoch: int, model, log) -> None:
+        nonlocal started
+        seconds["fit"].append(time.perf_counter() - started)
+        started = time.perf_counter()
+        bare_epoch()
+        seconds["bare"].append(time.perf_counter() - started)
+        started = time.perf_counter()
+
+    bare_epoch()  # both have run once before anything is timed
+    started = time.perf_counter()
+    fit(make(), cache, rows, config, on_epoch=on_epoch)
+    ratios = [a / b for a, b in zip(seconds["fit"][1:], seconds["bare"][1:], strict=True)]
+    images = steps * config.batch_size
+    for name, values in seconds.items():
+        print(f"{name:5} {images / statistics.median(values[1:]):7.1f} images/s (median of {len(values) - 1} epochs)")
+    print(f"ratio fit / bare: median {statistics.median(ratios):.3f}, range {min(ratios):.3f} to {max(ratios):.3f}")
+
+
+if __name__ == "__main__":
+    main()

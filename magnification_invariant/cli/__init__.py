@@ -1,0 +1,29 @@
+"""``magdg``: one file a command. A command checks its arguments, composes what the package offers, computes nothing."""
+
+import argparse
+import sys
+
+from magnification_invariant._version import __version__
+from magnification_invariant.cli import demo, lomo
+
+COMMANDS = {"demo": demo, "lomo": lomo}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run ``magdg``; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="magdg", description="Classifiers that survive an unseen magnification.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+    for name, module in COMMANDS.items():
+        command = commands.add_parser(name, help=module.HELP, description=module.__doc__)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on where this one stopped", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:  # bad input: the message says what, where and what to do
+        print(f"magdg: error: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,5 @@
+import sys
+
+from magnification_invariant.cli import main
+
+sys.exit(main())

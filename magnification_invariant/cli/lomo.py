@@ -1,0 +1,32 @@
+"""Leave one magnification out: train and test every method x held-out x fold x seed, and print the table."""
+
+from magnification_invariant.cli.arguments import add_data_argument, add_training_arguments, cell_arguments, load_data
+
+HELP = "train and test methods on a magnification they never saw"
+
+
+def add_arguments(parser) -> None:
+    add_data_argument(parser)
+    parser.add_argument(
+        "--methods", nargs="+", default=["erm", "dann"], metavar="METHOD", help="erm, dann, module:Class; default: both"
+    )
+    parser.add_argument("--held-out", nargs="+", type=int, help="default: every magnification in turn")
+    parser.add_argument("--folds", nargs="+", type=int, help="which groups of patients to test; default: all")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="default: 0")
+    add_training_arguments(parser)
+
+
+def run(args) -> int:
+    from magnification_invariant.lomo import grid, run_grid
+    from magnification_invariant.report.table import markdown, summarise
+    from magnification_invariant.tasks import get_task
+
+    for method in args.methods:
+        get_task(method)
+    ds = load_data(args.data)
+    held_outs = args.held_out or sorted(set(ds["magnification"]))
+    folds = args.folds or range(args.n_folds)
+    cells = grid(args.methods, held_outs, folds, args.seeds, **cell_arguments(args))
+    finished = run_grid(cells, ds, args.output_dir)
+    print(markdown(summarise(finished)))
+    return 0 if len(finished) == len(cells) else 1

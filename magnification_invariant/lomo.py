@@ -1,0 +1,402 @@
+"""The protocol: leave one magnification out, patients disjoint. A resumable grid of cells, each a folder of records.
+
+A cell is one method trained once. Its folder holds
+
+- ``config.json``: arguments, recipe, versions, git revision, thread count, sha256 of the initial weights;
+- ``metrics.jsonl``: an epoch's mean losses a line;
+- ``predictions.parquet``: logits and probabilities of validation and test images after every epoch;
+- ``embeddings.safetensors``: embeddings of all parts after the last epoch, with their rows;
+- ``results.json``: metrics, intervals and the signature; written last, so a cell that has it is finished;
+- ``model/``: the model, in the layout of its Hub repository.
+"""
+
+import hashlib
+import json
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import safetensors.numpy
+import torch
+
+from magnification_invariant import metrics
+from magnification_invariant.data.augment import CROP_PCT, cache_height, input_mpp
+from magnification_invariant.data.pixels import PixelCache
+from magnification_invariant.data.splits import Split, assert_disjoint, leave_one_magnification_out
+from magnification_invariant.engine import MEAN, STD, Diverged, FitConfig, TrainRows, fit, predict
+from magnification_invariant.model_folder import load_backbone, write_model_folder
+from magnification_invariant.records import evaluate, part_of, prediction_table, scores, write_json
+from magnification_invariant.signatures import SignatureProjector, SparseSignature, refit_stability
+from magnification_invariant.tasks import Task, get_task
+
+# The paper's own recipe is not published: "paper" adds nothing it does not mention.
+RECIPES = {
+    "paper": {"stain": 0.0, "ema_decay": 0.0, "temperature": False},
+    "strong": {"stain": 0.2, "ema_decay": 0.998, "temperature": True},
+}
+ZOOM = 2.5  # the widest step between neighbouring magnifications of BreaKHis, 40X to 100X
+FLOORS = ("constant", "colour")  # what needs no network; they stand in every table
+PARTS = ("val", "test", "test_source")
+COLUMNS = {"filename": "filename", "patient": "patient", "slide": "slide", "magnification": "domain", "label": "label"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Arguments of one cell of the grid.
+
+    Attributes:
+        method: of `tasks.TASKS`, ``module:Class``, or one of `FLOORS`.
+        held_out: the magnification that is not trained on.
+        fold: which group of patients is tested, of `n_folds` dealt by `split_seed`.
+        seed: of initialisation, order and augmentation.
+        model: timm architecture; the method's own by default.
+        recipe: of `RECIPES`.
+        zoom: train with continuous zoom.
+        image_size: side of the network's square input in pixels.
+        threads: CPU threads of torch; results are equal bit for bit only at the same number.
+        pretrained_backbone: weights to start from, see `model_folder.load_backbone`.
+        allow_seen_init: accept a start that has seen patients or the magnification of the test.
+        embedding: what signatures are made of, "penultimate" or "pyramid".
+    """
+
+    method: str
+    held_out: int
+    fold: int = 0
+    seed: int = 0
+    n_folds: int = 5
+    split_seed: int = 0
+    model: str | None = None
+    recipe: str = "strong"
+    zoom: bool = False
+    epochs: int = 10
+    image_size: int = 224
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    threads: int = 1
+    pretrained_backbone: str | None = None
+    allow_seen_init: bool = False
+    embedding: str = "penultimate"
+
+    @property
+    def name(self) -> str:
+        method = self.method.replace(":", ".")
+        zoom = "-zoom" if self.zoom and self.method not in FLOORS else ""
+        return f"{method}{zoom}-lomo{self.held_out}-fold{self.fold}-seed{self.seed}"
+
+    @property
+    def fit_config(self) -> FitConfig:
+        recipe = RECIPES[self.recipe]
+        return FitConfig(
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            image_size=self.image_size,
+            zoom=ZOOM if self.zoom else 1.0,
+            stain=recipe["stain"],
+            ema_decay=recipe["ema_decay"],
+            seed=self.seed,
+        )
+
+
+def grid(
+    methods: Iterable[str], held_outs: Iterable[int], folds: Iterable[int], seeds: Iterable[int], **arguments
+) -> list[Cell]:
+    """The cells of method x held-out x fold x seed, with the floors of every (held-out, fold) in front."""
+    folds, seeds = list(folds), list(seeds)
+    cells = [
+        Cell(method, held_out, fold, seed, **arguments)
+        for held_out, fold in product(held_outs, folds)
+        for method, seed in [*((floor, 0) for floor in FLOORS), *product(methods, seeds)]
+    ]
+    return list(dict.fromkeys(cells))
+
+
+def run_grid(
+    cells: list[Cell], ds, output: Path, *, accelerator=None, say: Callable[[str], None] = print
+) -> list[Path]:
+    """Run the cells that are not finished yet; a cell that diverges is reported and the others go on.
+
+    Returns:
+        Folders of the finished cells.
+    """
+    folders = []
+    for i, cell in enumerate(cells, 1):
+        folder = Path(output) / cell.name
+        if is_finished(folder, cell, ds):
+            say(f"[{i}/{len(cells)}] {cell.name}: finished before, skipped")
+        else:
+            try:
+                run_cell(cell, ds, folder, accelerator=accelerator)
+            except Diverged as error:
+                say(f"[{i}/{len(cells)}] {cell.name}: FAILED, {error}")
+                continue
+            say(f"[{i}/{len(cells)}] {cell.name}: done")
+        folders.append(folder)
+    return folders
+
+
+def is_finished(folder: Path, cell: Cell, ds) -> bool:
+    """Whether `folder` holds this very cell, finished.
+
+    Raises:
+        ValueError: it holds a cell of other arguments or data.
+    """
+    if not (folder / "config.json").exists():
+        return False
+    found = json.loads((folder / "config.json").read_text())
+    wanted = {**asdict(cell), "data": table_digest(ds)}
+    differing = {k: (found["arguments"].get(k), v) for k, v in wanted.items() if found["arguments"].get(k) != v}
+    if differing:
+        what = ", ".join(f"{k} was {old!r} and is now {new!r}" for k, (old, new) in differing.items())
+        raise ValueError(f"{folder} holds a run of other arguments ({what}); choose another output folder or remove it")
+    return (folder / "results.json").exists()
+
+
+def table_digest(ds) -> str:
+    """Identifies a table by its rows' names, labels, patients and magnifications."""
+    columns = zip(*(ds[name] for name in ("filename", "label", "patient", "magnification")), strict=True)
+    return hashlib.sha256(json.dumps(list(columns)).encode()).hexdigest()[:16]
+
+
+def run_cell(cell: Cell, ds, folder: Path, *, accelerator=None) -> None:
+    """Train, predict, explain by a signature, and record one cell; a run that was cut off is taken up where it stopped.
+
+    Raises:
+        ValueError: the folder holds other arguments; the table cannot be split so; the start has seen the test.
+        Diverged: the loss is no longer finite.
+    """
+    torch.set_num_threads(cell.threads)
+    is_finished(folder, cell, ds)  # raises where the folder holds something else
+    if accelerator is None and cell.method not in FLOORS:
+        from accelerate import Accelerator
+
+        accelerator = Accelerator()
+    main = accelerator is None or accelerator.is_main_process
+    split = leave_one_magnification_out(
+        ds, cell.held_out, n_folds=cell.n_folds, fold=cell.fold, split_seed=cell.split_seed
+    )
+    assert_disjoint(split, ds)
+    with accelerator.main_process_first() if accelerator else nullcontext():
+        cache = PixelCache(ds, cache_height(cell.image_size, cell.fit_config.zoom))
+    columns = {name: np.asarray(ds[column]) for column, name in COLUMNS.items()}
+    columns["mpp"] = input_mpp(cache.mpp, cache.height, cell.image_size)
+    if main:
+        folder.mkdir(parents=True, exist_ok=True)
+    run = _run_floor if cell.method in FLOORS else _run_network
+    run(cell, ds, folder, split, cache, columns, accelerator)
+
+
+def _run_floor(cell: Cell, ds, folder: Path, split: Split, cache: PixelCache, columns: dict, accelerator) -> None:
+    write_json(folder / "config.json", _config(cell, ds))
+    weight = metrics.patient_weights(columns["patient"][split.train])
+    label = columns["label"][split.train]
+    if cell.method == "constant":
+        prior = np.average(label, weights=weight)
+        score = {part: np.full(len(getattr(split, part)), np.log(prior / (1 - prior))) for part in PARTS}
+    else:
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+
+        model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+        model.fit(_colour_statistics(cache, split.train), label, logisticregression__sample_weight=weight)
+        score = {part: model.decision_function(_colour_statistics(cache, getattr(split, part))) for part in PARTS}
+    logits = {part: np.stack([np.zeros_like(s), s], 1) for part, s in score.items()}
+    records = _records(cell, columns, split, 0, logits)
+    pq.write_table(records, folder / "predictions.parquet")
+    write_json(folder / "results.json", {"temperature": 1.0, "parts": evaluate(records)})
+
+
+def _colour_statistics(cache: PixelCache, rows: np.ndarray) -> np.ndarray:
+    """Mean, spread and skewness of each colour channel's optical density (n, 9): what an image's stain alone tells."""
+    density = -np.log((cache.take(torch.from_numpy(rows), "cpu").numpy().reshape(len(rows), 3, -1) + 1.0) / 256)
+    mean, spread = density.mean(2), density.std(2) + 1e-6
+    skewness = (((density - mean[..., None]) / spread[..., None]) ** 3).mean(2)
+    return np.concatenate([mean, spread, skewness], 1)
+
+
+def _run_network(cell: Cell, ds, folder: Path, split: Split, cache: PixelCache, columns: dict, accelerator) -> None:
+    started, main = time.perf_counter(), accelerator.is_main_process
+    domains, domain = np.unique(columns["domain"][split.train], return_inverse=True)
+    task, start = _create_task(cell, ds, len(domains), set(columns["patient"][[*split.val, *split.test]]))
+    if main:
+        write_json(folder / "config.json", _config(cell, ds) | {"start": start})
+    rows = TrainRows(split.train, columns["label"][split.train], domain, columns["patient"][split.train])
+
+    def predicted(part: str, embedding: str | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+        rows = getattr(split, part)
+        return predict(model, cache, rows, cell.image_size, embedding=embedding, accelerator=accelerator)
+
+    def on_epoch(epoch: int, current: torch.nn.Module, log: dict) -> None:
+        nonlocal model
+        model = current
+        logits = {part: predicted(part)[0] for part in PARTS}
+        if main:
+            (folder / "epochs").mkdir(exist_ok=True)
+            write_json(folder / "epochs" / f"{epoch:04d}.json", {"epoch": epoch, **log})
+            pq.write_table(_records(cell, columns, split, epoch, logits), folder / "epochs" / f"{epoch:04d}.parquet")
+
+    model = None
+    model = fit(
+        task,
+        cache,
+        rows,
+        cell.fit_config,
+        accelerator=accelerator,
+        checkpoint=folder / "checkpoint.pt",
+        on_epoch=on_epoch,
+        description=cell.name,
+    )
+    embeddings = {part: predicted(part, cell.embedding)[1] for part in ("train", *PARTS)}
+    if not main:
+        return
+
+    epochs = [folder / "epochs" / f"{epoch:04d}" for epoch in range(cell.epochs)]
+    tables = [pq.read_table(path.with_suffix(".parquet")) for path in epochs]
+    pq.write_table(pa.concat_tables(tables), folder / "predictions.parquet")
+    lines = [json.loads(path.with_suffix(".json").read_text()) for path in epochs]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tensors = {f"{part}.embedding": array for part, array in embeddings.items()}
+    tensors |= {f"{part}.row": getattr(split, part) for part in embeddings}
+    safetensors.numpy.save_file(tensors, folder / "embeddings.safetensors")
+
+    temperature = 1.0
+    if RECIPES[cell.recipe]["temperature"]:
+        val = part_of(tables[-1], "val")
+        weight = metrics.patient_weights(val["patient"])
+        temperature = metrics.fit_temperature(val["logits"], val["label"], sample_weight=weight)
+    signature, signature_results = _signature(embeddings, split, columns)
+    results = {
+        "temperature": temperature,
+        "parts": evaluate(tables[-1], temperature),
+        "uncalibrated": evaluate(tables[-1]),
+        "signature": signature_results,
+    }
+    _write_model(cell, ds, folder, model, columns, split, results, signature)
+    write_json(folder / "timing.json", {"seconds": time.perf_counter() - started})
+    shutil.rmtree(folder / "epochs")
+    (folder / "checkpoint.pt").unlink()
+    write_json(folder / "results.json", results)
+
+
+def _create_task(cell: Cell, ds, num_domains: int, tested: set[str]) -> tuple[Task, dict]:
+    """The cell's task, seeded, and the record of the weights it starts from."""
+    method = get_task(cell.method)
+    torch.manual_seed(cell.seed)
+    classes = ds.features["label"].num_classes
+    model = method.create_model(cell.model or method.arch, num_classes=classes, num_domains=num_domains)
+    start = {"source": None}
+    if cell.pretrained_backbone:
+        start = load_backbone(model, cell.pretrained_backbone)
+        seen = sorted(tested & set(start["patients"] or []))
+        magnification = cell.held_out in (start["magnifications"] or [])
+        start["saw_test"] = bool(seen or magnification)
+        if start["saw_test"] and not cell.allow_seen_init:
+            what = [f"patients {', '.join(seen[:5])}"] * bool(seen) + [
+                f"the magnification {cell.held_out}"
+            ] * magnification
+            raise ValueError(
+                f"the weights {cell.pretrained_backbone} have seen {' and '.join(what)}, which this cell validates or "
+                "tests on; start from others, or pass --allow-seen-init, which marks the result in every table"
+            )
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        if not name.startswith("domain_head."):
+            digest.update(name.encode() + value.numpy().tobytes())
+    return method(model), start | {"initial_sha256": digest.hexdigest()}
+
+
+def _config(cell: Cell, ds) -> dict:
+    recipe = asdict(cell.fit_config) | {"temperature": RECIPES[cell.recipe]["temperature"]}
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return {
+        "arguments": asdict(cell) | {"data": table_digest(ds)},
+        "recipe": recipe,
+        "recipe_sha256": hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16],
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("magnification-invariant", "torch", "timm", "numpy", "scikit-learn")},
+        },
+        "git": git.stdout.strip() or None,
+    }
+
+
+def _records(cell: Cell, columns: dict, split: Split, epoch: int, logits: dict[str, np.ndarray]) -> pa.Table:
+    about = {"fold": cell.fold, "held_out": cell.held_out, "method": cell.method, "seed": cell.seed}
+    return pa.concat_tables(
+        prediction_table(columns, getattr(split, part), values, part=part, epoch=epoch, **about)
+        for part, values in logits.items()
+    )
+
+
+def _signature(embeddings: dict, split: Split, columns: dict) -> tuple[SparseSignature, dict]:
+    """The signature of the training embeddings, how well it does itself, and how far refits of it agree.
+
+    The refits leave out one training magnification each, on the one backbone: indices mean the same in all.
+    """
+    label, patient = columns["label"], columns["patient"]
+    signature = SparseSignature().fit(
+        embeddings["train"],
+        label[split.train],
+        groups=patient[split.train],
+        X_val=embeddings["val"],
+        y_val=label[split.val],
+        groups_val=patient[split.val],
+    )
+    stability = refit_stability(
+        signature, embeddings["train"], label[split.train], columns["domain"][split.train], patient[split.train]
+    )
+    test = scores(label[split.test], signature.predict_proba(embeddings["test"])[:, 1], patient[split.test])
+    return signature, {
+        "size": len(signature.signature_),
+        "width": embeddings["train"].shape[1],
+        "live": int(signature.n_live_),
+        **stability,
+        "test": test,
+    }
+
+
+def _write_model(cell, ds, folder, model, columns, split, results, signature) -> None:
+    size, mpp = cell.image_size, columns["mpp"][split.train]
+    zoom = cell.fit_config.zoom
+    name = f"{cell.model or get_task(cell.method).arch}.lomo{cell.held_out}"
+    trained = np.concatenate([split.train, split.val])
+    about = {
+        "temperature": results["temperature"],
+        "mpp_source": sorted({round(float(m), 6) for m in np.asarray(ds["mpp"])[split.train]}),
+        "mpp_range": [float(mpp.min() / zoom), float(mpp.max() * zoom)],
+        "seen": {
+            "patients": sorted(set(columns["patient"][trained])),
+            "magnifications": sorted({int(m) for m in columns["domain"][trained]}),
+        },
+    }
+    data_config = {
+        "input_size": [3, size, size],
+        "mean": MEAN,
+        "std": STD,
+        "interpolation": "bilinear",
+        "crop_pct": CROP_PCT,
+        "crop_mode": "center",
+    }
+    labels = ds.features["label"].names
+    text = f"Trained by {cell.method} (recipe {cell.recipe}) with {cell.held_out}X held out, fold {cell.fold}."
+    target = write_model_folder(
+        folder / "model", model, name=name, label_names=labels, data_config=data_config, about=about, text=text
+    )
+    projector = SignatureProjector.from_signature(signature, class_names=labels, embedding=cell.embedding, model=name)
+    projector.save_pretrained(target)
+    shutil.copy(folder / "predictions.parquet", target)
+    write_json(target / "results.json", results)

@@ -1,0 +1,77 @@
+"""What a run leaves behind: the predictions table, and the numbers that follow from it alone."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from magnification_invariant import metrics
+
+POSITIVE = 1  # malignant
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Whole or not at all."""
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(json.dumps(content, indent=1, default=float))
+    unfinished.replace(path)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    e = np.exp(logits - logits.max(1, keepdims=True))
+    return e / e.sum(1, keepdims=True)
+
+
+def prediction_table(
+    columns: dict[str, np.ndarray], rows: np.ndarray, logits: np.ndarray, **constants: str | int
+) -> pa.Table:
+    """Predictions of `rows`, one a line.
+
+    Args:
+        columns: of the whole table: filename, patient, slide, domain, mpp (at the network's input), label.
+        rows: row indices (n,).
+        logits: (n, classes), uncalibrated.
+        constants: further columns of one value: part, epoch, fold, held_out, method, seed.
+    """
+    table = {name: column[rows] for name, column in columns.items()}
+    table["logits"] = list(np.asarray(logits, np.float32))
+    table["probability"] = softmax(np.asarray(logits, np.float64))[:, POSITIVE]
+    return pa.table(table | {name: [value] * len(rows) for name, value in constants.items()})
+
+
+def part_of(records: pa.Table, part: str, temperature: float = 1.0) -> dict[str, np.ndarray]:
+    """``logits``, ``label``, ``patient``, ``probability`` (calibrated by `temperature`) of a part, as arrays."""
+    records = records.filter(pa.array(np.asarray(records["part"]) == part))
+    logits = np.array(records["logits"].to_pylist(), np.float64).reshape(len(records), -1)
+    return {
+        "logits": logits,
+        "label": np.asarray(records["label"]),
+        "patient": np.asarray(records["patient"]),
+        "probability": softmax(logits / temperature)[:, POSITIVE] if len(records) else np.empty(0),
+    }
+
+
+def scores(label: np.ndarray, probability: np.ndarray, patient: np.ndarray) -> dict:
+    """Every metric by image and patient-balanced, and patient-clustered intervals of the main ones."""
+    weight = metrics.patient_weights(patient)
+    return {
+        "images": len(label),
+        "patients": len(np.unique(patient)),
+        "image": {name: metric(label, probability) for name, metric in metrics.METRICS.items()},
+        "patient_balanced": {
+            name: metric(label, probability, sample_weight=weight) for name, metric in metrics.METRICS.items()
+        },
+        "interval": {
+            name: metrics.cluster_interval(name, label, probability, patient)[1:] for name in ("auc", "f1", "brier")
+        },
+    }
+
+
+def evaluate(records: pa.Table, temperature: float = 1.0) -> dict:
+    """`scores` of every part in the predictions of one epoch of one run."""
+    parts = {}
+    for part in dict.fromkeys(records["part"].to_pylist()):
+        p = part_of(records, part, temperature)
+        parts[part] = scores(p["label"], p["probability"], p["patient"])
+    return parts

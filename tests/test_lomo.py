@@ -1,0 +1,258 @@
+"""The protocol on 32 tiny images: records, resume, leaks, starts."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import safetensors.torch
+import timm
+import torch
+from PIL import Image
+
+from magnification_invariant.data.breakhis import load_breakhis
+from magnification_invariant.data.splits import leave_one_magnification_out
+from magnification_invariant.lomo import FLOORS, PARTS, Cell, grid, run_cell, run_grid
+from magnification_invariant.model_folder import read_model_config
+from magnification_invariant.report.table import markdown, summarise
+
+CELL = Cell(
+    "dann",
+    held_out=200,
+    n_folds=4,
+    model="test_magdg_resnet",
+    epochs=2,
+    image_size=32,
+    batch_size=8,
+)
+
+
+@pytest.fixture(scope="module")
+def ds(breakhis_tree):
+    return load_breakhis(breakhis_tree)
+
+
+@pytest.fixture(scope="module")
+def finished(ds, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / CELL.name
+    run_cell(CELL, ds, folder)
+    return folder
+
+
+def weights(folder):
+    return safetensors.torch.load_file(folder / "model" / "model.safetensors")
+
+
+def same_weights(a, b):
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_records(ds, finished):
+    assert sorted(p.name for p in finished.iterdir()) == [
+        "config.json",
+        "embeddings.safetensors",
+        "metrics.jsonl",
+        "model",
+        "predictions.parquet",
+        "results.json",
+        "timing.json",
+    ]
+    config = json.loads((finished / "config.json").read_text())
+    assert config["arguments"]["held_out"] == 200 and config["threads"] == 1
+    assert len(config["start"]["initial_sha256"]) == 64 and len(config["recipe_sha256"]) == 16
+    assert [json.loads(line)["epoch"] for line in (finished / "metrics.jsonl").read_text().splitlines()] == [0, 1]
+
+    split = leave_one_magnification_out(ds, 200, n_folds=4)
+    records = pq.read_table(finished / "predictions.parquet").to_pandas()
+    for epoch in (0, 1):
+        for part in PARTS:
+            rows = records[(records.epoch == epoch) & (records.part == part)]
+            wanted = ds.select(getattr(split, part))
+            assert rows.filename.tolist() == wanted["filename"][:]
+            assert rows.label.tolist() == wanted["label"][:]
+            assert rows.domain.tolist() == wanted["magnification"][:]
+    assert set(records[records.part == "test"].domain) == {200}
+    assert 200 not in set(records[records.part != "test"].domain)
+    logits = np.stack(records.logits)
+    assert np.allclose(records.probability, 1 / (1 + np.exp(logits[:, 0] - logits[:, 1])))
+    # um/px at the network's input: the whole height of 460 native pixels on 37
+    native = 6.5 / (3.3 * 20)
+    assert np.allclose(records[records.part == "test"].mpp, native * 460 / 37)
+
+    tensors = safetensors.torch.load_file(finished / "embeddings.safetensors")
+    assert tensors["train.row"].tolist() == split.train.tolist()
+    assert tensors["train.embedding"].shape == (12, 96)
+
+
+def test_results_follow_from_the_predictions(finished):
+    from sklearn.metrics import roc_auc_score
+
+    results = json.loads((finished / "results.json").read_text())
+    records = pq.read_table(finished / "predictions.parquet").to_pandas()
+    source = records[(records.epoch == 1) & (records.part == "test_source")]
+    assert results["parts"]["test_source"]["image"]["auc"] == pytest.approx(
+        roc_auc_score(source.label, source.probability)
+    )
+    brier = np.mean((source.probability - source.label) ** 2)
+    assert results["uncalibrated"]["test_source"]["image"]["brier"] == pytest.approx(brier)
+    assert 0.25 <= results["temperature"] <= 8
+    assert 0 <= results["signature"]["size"] <= results["signature"]["width"] == 96
+
+
+def test_the_model_loads_in_timm_and_says_the_same(ds, finished):
+    """Its own transform on the image file gives the recorded logits: nothing about the input is left to guess."""
+    model = timm.create_model(f"local-dir:{finished / 'model'}", pretrained=True).eval()
+    assert type(model) is timm.models.resnet.ResNet
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    records = pq.read_table(finished / "predictions.parquet").to_pandas()
+    records = records[(records.epoch == 1) & (records.part == "test_source")]
+    images = dict(zip(ds["filename"], ds["image"], strict=True))
+    with torch.inference_mode():
+        logits = model(torch.stack([transform(images[name]) for name in records.filename]))
+    # The cache holds whole pixel values (8 bit) of the same resize.
+    assert np.allclose(logits.numpy(), np.stack(records.logits), atol=2e-3)
+
+    config = read_model_config(str(finished / "model"))
+    native = {m: 6.5 / (3.3 * m / 10) for m in (40, 100, 400)}
+    assert config["mpp_range"] == pytest.approx([native[400] * 460 / 37, native[40] * 460 / 37])
+    assert config["mpp_source"] == pytest.approx(sorted(10 * v for v in native.values()), abs=1e-6)  # 70 pixels wide
+    assert config["seen"]["magnifications"] == [40, 100, 400] and len(config["seen"]["patients"]) == 6
+    assert config["label_names"] == ["benign", "malignant"] and "model_args" not in config
+    fixture = json.loads((finished / "model" / "fixture.json").read_text())
+    with torch.inference_mode():
+        again = model(transform(Image.open(finished / "model" / fixture["image"])).unsqueeze(0))[0]
+    assert again.tolist() == fixture["logits"]
+
+
+def test_same_arguments_same_records(ds, finished, tmp_path):
+    run_cell(CELL, ds, tmp_path / "again")
+    assert same_weights(finished, tmp_path / "again")
+    for name in ("predictions.parquet", "results.json", "metrics.jsonl", "embeddings.safetensors"):
+        assert (finished / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("method", ["erm", "dann"])
+def test_nothing_of_the_test_reaches_the_model(ds, breakhis_tree, tmp_path, method):
+    """Noise for pixels, and the other class, in all rows that training must not see: the model stays bit-equal."""
+    split = leave_one_magnification_out(ds, 200, n_folds=4)
+    used = {ds[int(i)]["filename"] for i in [*split.train, *split.val]}
+    poisoned = tmp_path / "poisoned"
+    shutil.copytree(breakhis_tree, poisoned)
+    rng, changed = np.random.default_rng(0), 0
+    for path in poisoned.rglob("*.png"):
+        if path.name not in used:
+            Image.fromarray(rng.integers(0, 256, (46, 70, 3), dtype=np.uint8)).save(path)
+            changed += 1
+    assert changed == 32 - 18
+    other = load_breakhis(poisoned)
+    label = np.asarray(other["label"]).copy()
+    untouched = np.isin(np.asarray(other["filename"]), sorted(used))
+
+    cell = replace(CELL, method=method)
+    run_cell(cell, ds, tmp_path / "clean")
+    run_cell(cell, other, tmp_path / "noise")
+    assert same_weights(tmp_path / "clean", tmp_path / "noise")
+    a, b = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("clean", "noise"))
+    assert a["temperature"] == b["temperature"] and a["parts"]["val"] == b["parts"]["val"]
+    signatures = [(tmp_path / n / "model" / "signature.safetensors").read_bytes() for n in ("clean", "noise")]
+    assert signatures[0] == signatures[1]
+    assert a["parts"]["test"] != b["parts"]["test"]  # the noise did reach the test
+    assert label.sum() and untouched.sum() == 18
+
+
+def test_labels_of_the_test_reach_nothing(ds, finished, tmp_path):
+    """The other class for every patient under test, on the split that the true labels give."""
+    import magnification_invariant.lomo as lomo
+
+    split = leave_one_magnification_out(ds, 200, n_folds=4)
+    label = np.asarray(ds["label"]).copy()
+    unseen = np.setdiff1d(np.arange(32), np.concatenate([split.train, split.val]))
+    label[unseen] = 1 - label[unseen]
+    flipped = ds.remove_columns("label").add_column("label", label.tolist()).cast_column("label", ds.features["label"])
+    original = lomo.leave_one_magnification_out
+    lomo.leave_one_magnification_out = lambda *args, **kwargs: split
+    try:
+        run_cell(CELL, flipped, tmp_path / "flipped")
+    finally:
+        lomo.leave_one_magnification_out = original
+    assert same_weights(finished, tmp_path / "flipped")
+    name = "model/signature.safetensors"
+    assert (finished / name).read_bytes() == (tmp_path / "flipped" / name).read_bytes()
+
+
+def test_grid_skips_what_is_finished_and_goes_on_after_a_failure(ds, tmp_path, monkeypatch):
+    cells = grid(
+        ["erm", "dann"],
+        [40, 200],
+        [0],
+        [0],
+        **{k: getattr(CELL, k) for k in ("n_folds", "model", "image_size")},
+        epochs=1,
+    )
+    assert [cell.method for cell in cells] == [*FLOORS, "erm", "dann"] * 2
+    import magnification_invariant.lomo as lomo
+
+    ran, real = [], lomo.fit
+
+    def fit(task, *args, **kwargs):
+        ran.append(kwargs["description"])
+        if kwargs["description"].startswith("erm-lomo40"):
+            raise lomo.Diverged("made for this test")
+        return real(task, *args, **kwargs)
+
+    monkeypatch.setattr(lomo, "fit", fit)
+    said = []
+    folders = run_grid(cells, ds, tmp_path, say=said.append)
+    assert len(folders) == 7 and "FAILED" in said[2] and "made for this test" in said[2]
+    assert len(ran) == 4
+    monkeypatch.setattr(lomo, "fit", real)
+    assert len(run_grid(cells, ds, tmp_path, say=said.append)) == 8
+    assert sum("skipped" in line for line in said) == 7
+
+    rows = summarise(run_grid(cells, ds, tmp_path, say=said.append))
+    assert {(row["method"], row["held_out"]) for row in rows} == {
+        (m, h) for m in (*FLOORS, "erm", "dann") for h in (40, 200)
+    }
+    text = markdown(rows)
+    assert text.count("constant") == 4 and "AUC" in text and "Nogueira" in text
+    constant = next(row for row in rows if row["method"] == "constant")
+    assert constant["image"]["auc"] == 0.5 and constant["image"]["brier"] == pytest.approx(0.25)
+
+
+def test_a_folder_of_other_arguments_is_refused(ds, finished):
+    with pytest.raises(ValueError, match="epochs was 2 and is now 3"):
+        run_cell(replace(CELL, epochs=3), ds, finished)
+    with pytest.raises(ValueError, match="data was"):
+        run_cell(CELL, ds.select(range(31)), finished)
+
+
+def test_start_weights_are_part_of_the_split(ds, finished, tmp_path):
+    """A start that saw the test's patients or magnification is refused, or marked."""
+    start = str(finished / "model")
+    with pytest.raises(ValueError, match="seen patients"):  # fold 1 tests what fold 0 validated on
+        run_cell(replace(CELL, fold=1, pretrained_backbone=start), ds, tmp_path / "a")
+    with pytest.raises(ValueError, match="the magnification 40"):
+        run_cell(replace(CELL, held_out=40, pretrained_backbone=start), ds, tmp_path / "b")
+    folder = tmp_path / "c"
+    run_cell(replace(CELL, fold=1, pretrained_backbone=start, allow_seen_init=True, epochs=1), ds, folder)
+    assert "the start had seen the test" in markdown(summarise([folder]))
+
+
+def test_start_weights_are_loaded(ds, finished, tmp_path):
+    plain = tmp_path / "backbone.safetensors"
+    shutil.copy(finished / "model" / "model.safetensors", plain)
+    folder = tmp_path / "run"
+    run_cell(replace(CELL, pretrained_backbone=str(plain), epochs=1, learning_rate=0.0), ds, folder)
+    a, b = weights(finished), weights(folder)
+    assert torch.equal(a["layer1.0.conv1.weight"], b["layer1.0.conv1.weight"])
+    assert not torch.equal(a["fc.weight"], b["fc.weight"])
+
+    del a["layer3.0.conv1.weight"]
+    safetensors.torch.save_file(a, plain)
+    with pytest.raises(ValueError, match=r"layer3\.0\.conv1\.weight"):
+        run_cell(replace(CELL, pretrained_backbone=str(plain)), ds, tmp_path / "broken")
+    with pytest.raises(FileNotFoundError, match="neither a folder nor a Hub repository"):
+        run_cell(replace(CELL, pretrained_backbone="nobody/nothing"), ds, tmp_path / "absent")
