@@ -27,15 +27,17 @@ class FitConfig:
     Attributes:
         epochs: passes of ``ceil(rows / batch_size)`` steps.
         batch_size: images a step, over all processes together.
-        learning_rate: of AdamW after the warm-up; falls to 0 along a cosine.
+        learning_rate: of AdamW after the warm-up.
         weight_decay: of weights, not of biases and norms.
         warmup: share of the steps in which the learning rate rises linearly.
+        schedule: of the learning rate, "cosine" or "constant".
         clip_norm: largest gradient norm of each parameter group of a player; 0 turns it off.
         ema_decay: of the average of the weights that predicts; 0 predicts with the last weights.
         image_size: side of the network's square input in pixels.
         zoom: the training zoom is log-uniform in [1 / zoom, zoom]; 1 turns it off.
         stain: strength of the stain jitter; 0 turns it off.
         seed: of the order of images and of the augmentation.
+        compile: `torch.compile` augmentation, model and loss into one graph; pays on a GPU, not on a CPU.
         log_every: steps between two looks at the losses, since every look makes the host wait for the device.
     """
 
@@ -44,12 +46,14 @@ class FitConfig:
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
     warmup: float = 0.05
+    schedule: str = "cosine"
     clip_norm: float = 1.0
     ema_decay: float = 0.998
     image_size: int = 224
     zoom: float = 1.0
     stain: float = 0.2
     seed: int = 0
+    compile: bool = False
     log_every: int = 20
 
 
@@ -102,11 +106,13 @@ def epoch_order(rows: TrainRows, n: int, seed: int, epoch: int) -> np.ndarray:
     return order
 
 
-def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
-    """Linear warm-up over the first `warmup` share of the steps, then a cosine to 0."""
+def learning_rate_factor(step: int, steps: int, warmup: float, schedule: str = "cosine") -> float:
+    """Linear warm-up over the first `warmup` share of the steps, then a cosine to 0, or 1 throughout."""
     rising = max(1, round(warmup * steps))
     if step < rising:
         return (step + 1) / rising
+    if schedule == "constant":
+        return 1.0
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
@@ -121,11 +127,11 @@ def normalise(x: torch.Tensor) -> torch.Tensor:
 
 
 def _optimizer(player, config: FitConfig) -> torch.optim.Optimizer:
+    options = {"lr": config.learning_rate, "weight_decay": config.weight_decay, **player.options}
     groups = []
     for parameters in player.parameters:
-        groups.append({"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay})
+        groups.append({"params": [p for p in parameters if p.ndim > 1]})
         groups.append({"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0})
-    options = {"lr": config.learning_rate, **player.options}
     return torch.optim.AdamW([g for g in groups if g["params"]], fused=True, **options)
 
 
@@ -167,10 +173,17 @@ def fit(
         raise ValueError(f"a batch of {config.batch_size} images cannot be shared equally by {world} processes")
     share = slice(rank * config.batch_size // world, (rank + 1) * config.batch_size // world)
 
-    task = task.to(device)
+    if device.type == "cuda":
+        task = task.to(device, memory_format=torch.channels_last)
+        if world > 1:
+            task = torch.nn.SyncBatchNorm.convert_sync_batchnorm(task)
     cache.to(device)
     ema = ModelEmaV3(task.model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
     players = task.players
+    if len(players) > 1 and world > 1:  # a turn leaves the other players' parameters without a gradient
+        from accelerate import DistributedDataParallelKwargs
+
+        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
     wrapped, *optimizers = accelerator.prepare(task, *(_optimizer(player, config) for player in players))
     base_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
 
@@ -180,6 +193,13 @@ def fit(
     steps = steps_per_epoch * config.epochs
     progress = (torch.arange(steps, dtype=torch.float64) / steps).float().to(device)
     generator = torch.Generator(device)
+
+    def forward(images, draws, target, domain, progress, player):
+        view = random_view(images, draws, config.image_size, zoom=config.zoom, stain=config.stain)
+        return wrapped(normalise(view), target, domain, progress, player=player)
+
+    if config.compile:
+        forward = torch.compile(forward)
 
     first_epoch = 0
     if checkpoint and checkpoint.exists():
@@ -199,7 +219,7 @@ def fit(
         wrapped.train()
         for step in range(steps_per_epoch):
             now = epoch * steps_per_epoch + step
-            factor = learning_rate_factor(now, steps, config.warmup)
+            factor = learning_rate_factor(now, steps, config.warmup, config.schedule)
             for turn, (player, optimizer) in enumerate(zip(players, optimizers, strict=True)):
                 for group, rate in zip(optimizer.param_groups, base_rates[turn], strict=True):
                     group["lr"] = rate * factor
@@ -209,10 +229,8 @@ def fit(
                     draws = torch.rand(config.batch_size, DRAWS, generator=generator, device=device)[share]
                     torch.manual_seed(_step_seed(config.seed, epoch, step, turn, repeat, rank))  # dropout and the like
                     batch = slice(step * config.batch_size + share.start, step * config.batch_size + share.stop)
-                    images = cache.take(index[on_cache[batch]], device)
-                    view = random_view(images, draws, config.image_size, zoom=config.zoom, stain=config.stain)
-                    chosen = on_device[batch]
-                    out = wrapped(normalise(view), target[chosen], domain[chosen], progress[now], player=turn)
+                    images, chosen = cache.take(index[on_cache[batch]], device), on_device[batch]
+                    out = forward(images, draws, target[chosen], domain[chosen], progress[now], turn)
                     task.zero_grad(set_to_none=True)
                     accelerator.backward(out["loss"])
                     if config.clip_norm:
