@@ -1,0 +1,217 @@
+"""Whether a probability of 0.8 is right eight times in ten, and the temperature that makes it so.
+
+Conventions as in `classification`: `y_true` 0 or 1, `y_prob` the probability of malignant, `sample_weight` optional.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from magnification_invariant.metrics.classification import check_binary
+
+TEMPERATURE_RANGE = (0.25, 8.0)
+"""No temperature outside it is fitted: a few dozen validation patients cannot support one."""
+
+
+class ReliabilityCurve(NamedTuple):
+    """Points of a reliability diagram, one a bin that holds rows.
+
+    Attributes:
+        predicted: (bins,) mean probability of malignant.
+        observed: (bins,) share of malignant.
+        weight: (bins,) share of all weight.
+        rows: (bins,) effective number of rows, `(sum w)^2 / sum w^2`.
+    """
+
+    predicted: np.ndarray
+    observed: np.ndarray
+    weight: np.ndarray
+    rows: np.ndarray
+
+
+class BrierDecomposition(NamedTuple):
+    """`brier = miscalibration - discrimination + uncertainty`, exactly.
+
+    Attributes:
+        brier: The score itself.
+        miscalibration: What isotonic recalibration would save; 0 is calibrated.
+        discrimination: What the recalibrated probabilities save over the base rate; higher is better.
+        uncertainty: Brier score of the base rate.
+    """
+
+    brier: float
+    miscalibration: float
+    discrimination: float
+    uncertainty: float
+
+
+def reliability_curve(
+    y_true: ArrayLike, y_prob: ArrayLike, sample_weight: ArrayLike | None = None, n_bins: int = 15
+) -> ReliabilityCurve:
+    """Bins rows by probability into bins of equal weight.
+
+    Rows of one probability always share a bin, so the order of the rows cannot matter and a constant prediction makes
+    one bin; bins are then only about equal.
+
+    Returns:
+        The points, by rising probability.
+    """
+    positive, prob, weight = check_binary(y_true, y_prob, sample_weight)
+    _, value = np.unique(prob, return_inverse=True)
+    mass = np.bincount(value, weight)
+    middle = np.cumsum(mass) - mass / 2
+    bins = np.minimum((middle * n_bins).astype(int), n_bins - 1)[value]
+    total, square = np.bincount(bins, weight), np.bincount(bins, weight**2)
+    predicted, observed = np.bincount(bins, weight * prob), np.bincount(bins, weight * positive)
+    held = total > 0
+    total = total[held]
+    return ReliabilityCurve(predicted[held] / total, observed[held] / total, total, total**2 / square[held])
+
+
+def expected_calibration_error(
+    y_true: ArrayLike, y_prob: ArrayLike, sample_weight: ArrayLike | None = None, n_bins: int = 15
+) -> float:
+    """Expected calibration error: `sum_b W_b |mean probability of malignant - share of malignant|`.
+
+    Bins hold equal weight and are cut on the probability of malignant, not on the confidence of the predicted class:
+    figures of the other definition (Guo et al. 2017; equal width, `max(p, 1 - p)` against accuracy) differ on the same
+    predictions. A plug-in figure: noise in the bins biases it upwards, so compare it only between equal samples.
+
+    Returns:
+        A figure in [0, 1].
+    """
+    curve = reliability_curve(y_true, y_prob, sample_weight, n_bins)
+    return float(curve.weight @ np.abs(curve.predicted - curve.observed))
+
+
+def debiased_calibration_error(
+    y_true: ArrayLike, y_prob: ArrayLike, sample_weight: ArrayLike | None = None, n_bins: int = 15
+) -> float:
+    """Root of the debiased squared calibration error of Kumar, Liang and Ma (NeurIPS 2019).
+
+    `sum_b W_b [(p_b - y_b)^2 - y_b (1 - y_b) / (n_b - 1)]` over the bins of `expected_calibration_error`, n_b the
+    effective number of rows; negative sums are 0. It assumes independent rows, so with many images of one patient
+    some upward bias stays.
+    """
+    curve = reliability_curve(y_true, y_prob, sample_weight, n_bins)
+    noise = curve.observed * (1 - curve.observed) / np.maximum(curve.rows - 1, 1e-12)
+    noise[curve.rows <= 1 + 1e-9] = 0  # one row says nothing of its own noise, and its share of malignant is 0 or 1
+    return float(np.sqrt(max(curve.weight @ ((curve.predicted - curve.observed) ** 2 - noise), 0.0)))
+
+
+def smooth_calibration_error(
+    y_true: ArrayLike, y_prob: ArrayLike, sample_weight: ArrayLike | None = None, n_cells: int = 1000
+) -> float:
+    """Smooth ECE of Blasiok and Nakkiran (2023), free of bins.
+
+    The weighted residuals `y_prob - y_true` are smoothed over [0, 1] by a Gaussian reflected at both ends; `smECE(s)`
+    is the integral of their absolute value at width s, and the figure is the s with `smECE(s) = s`.
+
+    Args:
+        y_true: (n,) labels.
+        y_prob: (n,) probabilities of malignant.
+        sample_weight: (n,) weights.
+        n_cells: Cells of the grid on [0, 1]; the result is no finer than half a cell.
+    """
+    from scipy.ndimage import gaussian_filter1d
+    from scipy.optimize import brentq
+
+    positive, prob, weight = check_binary(y_true, y_prob, sample_weight)
+    cell = np.minimum((prob * n_cells).astype(int), n_cells - 1)
+    residual = np.bincount(cell, weight * (prob - positive), minlength=n_cells)
+
+    def excess(width: float) -> float:
+        return np.abs(gaussian_filter1d(residual, width * n_cells, mode="reflect", truncate=6)).sum() - width
+
+    narrow = 0.5 / n_cells
+    return float(brentq(excess, narrow, 1.5)) if excess(narrow) > 0 else float(max(excess(narrow) + narrow, 0.0))
+
+
+def corp_decomposition(
+    y_true: ArrayLike, y_prob: ArrayLike, sample_weight: ArrayLike | None = None
+) -> BrierDecomposition:
+    """Decomposes the Brier score without bins (CORP; Dimitriadis, Gneiting and Jordan, PNAS 2021).
+
+    With c the isotonic regression of `y_true` on `y_prob` and ybar the base rate, miscalibration is
+    `B(p) - B(c)`, discrimination `B(ybar) - B(c)` and uncertainty `B(ybar)`.
+
+    Returns:
+        The three terms and the score; all of them are non-negative.
+    """
+    from scipy.optimize import isotonic_regression
+
+    positive, prob, weight = check_binary(y_true, y_prob, sample_weight)
+    positive, prob, weight = positive[weight > 0], prob[weight > 0], weight[weight > 0]
+    _, value = np.unique(prob, return_inverse=True)
+    mass = np.bincount(value, weight)
+    calibrated = isotonic_regression(np.bincount(value, weight * positive) / mass, weights=mass).x[value]
+    score, recalibrated, base = (
+        float(weight @ (p - positive) ** 2) for p in (prob, calibrated, np.full_like(prob, weight @ positive))
+    )
+    return BrierDecomposition(score, score - recalibrated, base - recalibrated, base)
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    exp = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return exp / exp.sum(axis=1, keepdims=True)
+
+
+def _check_logits(logits: ArrayLike) -> np.ndarray:
+    logits = np.asarray(logits, np.float64)
+    if logits.ndim != 2 or logits.shape[0] < 1 or logits.shape[1] < 2:
+        raise ValueError(f"logits must be (rows, classes) with at least two classes, not {logits.shape}")
+    if not np.isfinite(logits).all():
+        raise ValueError(f"logits of {np.sum(~np.isfinite(logits).all(axis=1))} rows are NaN or infinite")
+    return logits
+
+
+def apply_temperature(logits: ArrayLike, temperature: float) -> np.ndarray:
+    """Turns logits into probabilities: `softmax(logits / temperature)`.
+
+    Args:
+        logits: (n, classes).
+        temperature: Above 0; 1 changes nothing, larger values soften.
+
+    Returns:
+        (n, classes) probabilities.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, not {temperature}")
+    return _softmax(_check_logits(logits) / temperature)
+
+
+def fit_temperature(logits: ArrayLike, y_true: ArrayLike, sample_weight: ArrayLike | None = None) -> float:
+    """Fits the temperature that minimises the weighted log-loss (Guo et al. 2017), clipped to [0.25, 8].
+
+    In `b = 1 / temperature` the loss is convex; its slope `sum_i w_i (E_p[z_i] - z_i[y_i])`, p = softmax(b z), is
+    brought to 0 by bisection (Brent), or the bound that the slope points at is returned. Fit it on validation patients
+    with `patient_weights`.
+
+    Args:
+        logits: (n, classes).
+        y_true: (n,) class indices.
+        sample_weight: (n,) weights.
+
+    Returns:
+        The temperature.
+    """
+    from scipy.optimize import brentq
+
+    logits, y_true = _check_logits(logits), np.asarray(y_true)
+    if y_true.shape != logits.shape[:1] or not np.isin(y_true, np.arange(logits.shape[1])).all():
+        raise ValueError(f"y_true must hold one class index below {logits.shape[1]} for each of {len(logits)} rows")
+    weight = np.ones(len(logits)) if sample_weight is None else np.asarray(sample_weight, np.float64)
+    if weight.shape != y_true.shape or not np.isfinite(weight).all() or weight.min() < 0 or weight.sum() <= 0:
+        raise ValueError("sample_weight must be one finite non-negative number a row, with a positive sum")
+    right = logits[np.arange(len(logits)), y_true.astype(int)]
+
+    def slope(inverse: float) -> float:
+        return float(weight @ ((_softmax(inverse * logits) * logits).sum(axis=1) - right))
+
+    coldest, hottest = TEMPERATURE_RANGE
+    if slope(1 / hottest) >= 0:
+        return hottest
+    if slope(1 / coldest) <= 0:
+        return coldest
+    return 1 / brentq(slope, 1 / hottest, 1 / coldest, xtol=1e-12)

@@ -1,0 +1,17 @@
+"""Sparse signatures: the solver, the estimator, its stability and the frozen projector that is shared."""
+
+from importlib import import_module
+
+_PUBLIC = {
+    "l1_logistic_path": "solver",
+    "SparseSignature": "sparse_signature",
+}
+
+__all__ = [*_PUBLIC]
+
+
+def __getattr__(name: str):
+    # scikit-learn is imported only by those who fit a signature.
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)

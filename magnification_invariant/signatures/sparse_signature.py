@@ -1,0 +1,316 @@
+"""SparseSignature: which dimensions of an embedding carry the diagnosis, as a scikit-learn estimator."""
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.special import expit, log_expit, logsumexp
+from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, validate_data
+from threadpoolctl import threadpool_limits
+
+from magnification_invariant.signatures.solver import l1_logistic_path
+
+
+def probabilities(scores: np.ndarray) -> np.ndarray:
+    """Turns decision scores (n, K) into class probabilities.
+
+    One column is the log-odds of the second of two classes; several are one-vs-rest scores, whose probabilities are
+    scaled to sum to 1.
+    """
+    if scores.shape[1] == 1:
+        return np.hstack([expit(-scores), expit(scores)])
+    log = log_expit(scores)
+    return np.exp(log - logsumexp(log, axis=1, keepdims=True))
+
+
+class SparseSignature(ClassifierMixin, TransformerMixin, BaseEstimator):
+    """L1-regularised logistic regression on standardised embeddings; its support is the signature.
+
+    The penalty is chosen on patients that the coefficients have not seen: the validation part handed to `fit`, or
+    patient-grouped cross-validation with the scaling refitted in every fold. The criterion is the log-loss with every
+    patient weighing the same. Several classes are fitted one against the rest, on one grid of penalties; the signature
+    is the union of their supports.
+
+    Args:
+        n_lambdas: Penalties on the path.
+        ratio: Last over first penalty of the path; the first one keeps every coefficient at 0.
+        rule: "one_se" takes the largest penalty whose loss lies within one standard error (over patients) of the
+            smallest loss (Breiman et al. 1984), "min" the penalty of the smallest loss.
+        cv: Folds of the cross-validation that is used where `fit` gets no validation part.
+        lambda_fraction: Fixes the penalty to this fraction of the first one, without any selection; that is how refits
+            are made that differ in their data alone.
+        tol: KKT tolerance of the solver, in units of the penalty.
+        n_jobs: Folds or classes solved side by side, as in joblib.
+        random_state: Seed of the deal of patients into folds.
+
+    Attributes:
+        classes_: (C,) labels.
+        mean_, scale_: (d,) standardisation; dead dimensions have scale 1.
+        live_: (d,) which dimensions vary at all. Dead ones never enter the signature.
+        n_live_: Number of live dimensions.
+        lambdas_: (L,) penalties, falling.
+        path_coef_, path_intercept_: (L, K, d) and (L, K), K = 1 for two classes and C for more.
+        path_size_: (L,) size of the signature at each penalty.
+        validation_loss_, validation_se_: (L,) patient-balanced log-loss in nats and its standard error over patients;
+            None under `lambda_fraction`.
+        lambda_, lambda_fraction_: The chosen penalty, and as a fraction of the first.
+        coef_, intercept_: (K, d) and (K,), acting on standardised embeddings.
+        signature_: (k,) indices of the chosen dimensions, rising. It can be empty, where nothing beats the base rate.
+    """
+
+    def __init__(
+        self,
+        n_lambdas: int = 30,
+        ratio: float = 1e-3,
+        rule: str = "one_se",
+        cv: int = 5,
+        lambda_fraction: float | None = None,
+        tol: float = 1e-4,
+        n_jobs: int | None = None,
+        random_state: int = 0,
+    ):
+        self.n_lambdas = n_lambdas
+        self.ratio = ratio
+        self.rule = rule
+        self.cv = cv
+        self.lambda_fraction = lambda_fraction
+        self.tol = tol
+        self.n_jobs = n_jobs
+        self.random_state = random_state
+
+    def fit(
+        self,
+        X: ArrayLike,
+        y: ArrayLike,
+        groups: ArrayLike | None = None,
+        X_val: ArrayLike | None = None,
+        y_val: ArrayLike | None = None,
+        groups_val: ArrayLike | None = None,
+    ) -> "SparseSignature":
+        """Fits the path, chooses the penalty and keeps both.
+
+        Args:
+            X: (n, d) training embeddings.
+            y: (n,) labels.
+            groups: (n,) patient of each row; None makes every row its own patient.
+            X_val: (m, d) embeddings of validation patients; None leads to cross-validation.
+            y_val: (m,) their labels.
+            groups_val: (m,) their patients.
+
+        Returns:
+            The estimator.
+
+        Raises:
+            ValueError: On NaN, one class, no live dimension, too few patients for the folds, labels that training has
+                not seen, or columns of other lengths.
+        """
+        X, y = validate_data(self, X, y, dtype=np.float64)
+        check_classification_targets(y)
+        self._check_parameters()
+        self.classes_, codes = np.unique(y, return_inverse=True)
+        if len(self.classes_) < 2:
+            raise ValueError(f"a signature tells classes apart, and y holds one class: {self.classes_.tolist()}")
+        patients = _patient_codes(groups, len(y), "groups")
+
+        with threadpool_limits(1, "blas"):
+            self.mean_, self.scale_, self.live_ = _scaling(X)
+            self.n_live_ = int(self.live_.sum())
+            if not self.n_live_:
+                raise ValueError(f"all {X.shape[1]} dimensions are constant over the {len(X)} rows: nothing to select")
+            scaled = self._scale(X)
+            share = np.eye(len(self.classes_))[codes] - np.bincount(codes) / len(codes)
+            largest = float(np.abs(scaled.T @ share).max()) / len(codes)
+            if not largest > 0:
+                raise ValueError("no dimension differs between the classes, so there is no path of penalties")
+            end, length = self.ratio, self.n_lambdas
+            if self.lambda_fraction is not None:  # as many warm starts on the way as the default path would take
+                end = self.lambda_fraction
+                length = max(2, round(self.n_lambdas * np.log(end) / np.log(self.ratio)))
+            self.lambdas_ = largest * np.geomspace(1, end, length) if end < 1 else np.array([largest])
+            self.path_coef_, self.path_intercept_ = self._paths(scaled, codes, self.n_jobs)
+            self.path_size_ = (self.path_coef_ != 0).any(axis=1).sum(axis=1)
+            self._choose(X, codes, patients, X_val, y_val, groups_val)
+
+        self.lambda_ = float(self.lambdas_[self._chosen])
+        self.lambda_fraction_ = self.lambda_ / largest
+        self.coef_, self.intercept_ = self.path_coef_[self._chosen], self.path_intercept_[self._chosen]
+        self.signature_ = np.flatnonzero((self.coef_ != 0).any(axis=0))
+        return self
+
+    def _check_parameters(self) -> None:
+        if self.rule not in ("one_se", "min"):
+            raise ValueError(f"rule must be 'one_se' or 'min', not {self.rule!r}")
+        if not (self.n_lambdas >= 2 and 0 < self.ratio < 1 and self.cv >= 2 and self.tol > 0):
+            raise ValueError(
+                "n_lambdas and cv must be at least 2, 0 < ratio < 1 and tol > 0, not "
+                f"n_lambdas={self.n_lambdas}, cv={self.cv}, ratio={self.ratio}, tol={self.tol}"
+            )
+        if self.lambda_fraction is not None and not 0 < self.lambda_fraction <= 1:
+            raise ValueError(f"lambda_fraction must lie in (0, 1], not {self.lambda_fraction}")
+
+    def _scale(self, X: np.ndarray) -> np.ndarray:
+        return (X - self.mean_) / self.scale_ * self.live_
+
+    def _paths(self, scaled: np.ndarray, codes: np.ndarray, n_jobs: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """Solves the path of each class on standardised rows; dead columns are 0 and stay out by themselves."""
+        from joblib import Parallel, delayed
+
+        positives = [1] if len(self.classes_) == 2 else range(len(self.classes_))
+        scaled = np.asfortranarray(scaled)
+        solved = Parallel(n_jobs=n_jobs, prefer="threads")(
+            delayed(l1_logistic_path)(scaled, codes == c, self.lambdas_, tol=self.tol) for c in positives
+        )
+        return np.stack([coef for _, coef, _ in solved], axis=1), np.stack([b for _, _, b in solved], axis=1)
+
+    def _choose(self, X, codes, patients, X_val, y_val, groups_val) -> None:
+        """Sets the place on the path from the losses of patients that were held out."""
+        self.validation_loss_ = self.validation_se_ = None
+        if self.lambda_fraction is not None:
+            self._chosen = len(self.lambdas_) - 1
+            return
+        if X_val is not None:
+            X_val, y_val = validate_data(self, X_val, y_val, dtype=np.float64, reset=False)
+            if not np.isin(y_val, self.classes_).all():
+                raise ValueError(f"y_val holds labels that y does not: {np.setdiff1d(y_val, self.classes_).tolist()}")
+            held_out = _patient_codes(groups_val, len(y_val), "groups_val")
+            if held_out.max() < 1:
+                raise ValueError("choosing a penalty takes at least two validation patients")
+            losses = _patient_losses(
+                self._scale(X_val),
+                np.searchsorted(self.classes_, y_val),
+                held_out,
+                self.path_coef_,
+                self.path_intercept_,
+            )
+        else:
+            losses = self._cross_validate(X, codes, patients)
+        loss, se = losses.mean(axis=0), losses.std(axis=0, ddof=1) / np.sqrt(len(losses))
+        best = int(np.argmin(loss))
+        within = loss <= loss[best] + (se[best] if self.rule == "one_se" else 0)
+        self._chosen = int(np.argmax(within))
+        self.validation_loss_, self.validation_se_ = loss, se
+
+    def _cross_validate(self, X: np.ndarray, codes: np.ndarray, patients: np.ndarray) -> np.ndarray:
+        """Log-loss of each patient at each penalty, (patients, L), from a path that has not seen the patient."""
+        from joblib import Parallel, delayed
+
+        fold = _deal(codes, patients, self.cv, self.classes_, self.random_state)
+
+        def one(held_out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            inner = SparseSignature(tol=self.tol)
+            inner.classes_, inner.lambdas_ = self.classes_, self.lambdas_
+            inner.mean_, inner.scale_, inner.live_ = _scaling(X[~held_out])
+            path = inner._paths(inner._scale(X[~held_out]), codes[~held_out], None)
+            who, row = np.unique(patients[held_out], return_inverse=True)
+            return who, _patient_losses(inner._scale(X[held_out]), codes[held_out], row, *path)
+
+        losses = np.empty((patients.max() + 1, len(self.lambdas_)))
+        for who, found in Parallel(n_jobs=self.n_jobs, prefer="threads")(
+            delayed(one)((fold == k)[patients]) for k in range(self.cv)
+        ):
+            losses[who] = found
+        return losses
+
+    def _scores(self, X: ArrayLike) -> np.ndarray:
+        check_is_fitted(self)
+        X = validate_data(self, X, dtype=np.float64, reset=False)
+        return self._scale(X) @ self.coef_.T + self.intercept_
+
+    def decision_function(self, X: ArrayLike) -> np.ndarray:
+        """Log-odds of the second class, (n,), or one-vs-rest scores (n, C)."""
+        scores = self._scores(X)
+        return scores[:, 0] if len(self.classes_) == 2 else scores
+
+    def predict_proba(self, X: ArrayLike) -> np.ndarray:
+        """Class probabilities (n, C), in the order of `classes_`."""
+        return probabilities(self._scores(X))
+
+    def predict(self, X: ArrayLike) -> np.ndarray:
+        """Most probable class of each row, (n,)."""
+        best = np.argmax(self.predict_proba(X), axis=1)
+        return self.classes_[best]
+
+    def transform(self, X: ArrayLike) -> np.ndarray:
+        """Signatures (n, k): the standardised values of the chosen dimensions."""
+        check_is_fitted(self)
+        X = validate_data(self, X, dtype=np.float64, reset=False)
+        return ((X - self.mean_) / self.scale_)[:, self.signature_]
+
+    def get_feature_names_out(self, input_features: ArrayLike | None = None) -> np.ndarray:
+        """Names of the chosen dimensions, (k,): of the training data frame, of `input_features`, or x0, x1, ..."""
+        check_is_fitted(self)
+        names = getattr(self, "feature_names_in_", None)
+        if input_features is not None:
+            input_features = np.asarray(input_features, dtype=object)
+            if names is not None and not np.array_equal(names, input_features):
+                raise ValueError("input_features is not equal to feature_names_in_")
+            if len(input_features) != self.n_features_in_:
+                raise ValueError(
+                    f"input_features should have length equal to number of features ({self.n_features_in_}), "
+                    f"got {len(input_features)}"
+                )
+            names = input_features
+        if names is None:
+            names = np.array([f"x{i}" for i in range(self.n_features_in_)], dtype=object)
+        return names[self.signature_]
+
+
+def _scaling(X: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean, standard deviation and liveness of each column; a column is dead if float32 would not see it vary."""
+    mean, scale = X.mean(axis=0), X.std(axis=0)
+    live = scale > 1e-6 * np.abs(X).max(axis=0)
+    return mean, np.where(live, scale, 1.0), live
+
+
+def _patient_codes(groups: ArrayLike | None, n_rows: int, name: str) -> np.ndarray:
+    if groups is None:
+        return np.arange(n_rows)
+    groups = np.asarray(groups)
+    if groups.shape != (n_rows,):
+        raise ValueError(f"{name} must give one patient to each of the {n_rows} rows, not have shape {groups.shape}")
+    return np.unique(groups, return_inverse=True)[1]
+
+
+def _deal(codes: np.ndarray, patients: np.ndarray, n_folds: int, classes: np.ndarray, seed: int) -> np.ndarray:
+    """Deals patients into folds class by class, so that two patients of a class never leave training together.
+
+    Returns:
+        (patients,) fold of each patient.
+    """
+    counts = np.zeros((patients.max() + 1, len(classes)))
+    np.add.at(counts, (patients, codes), 1)
+    if len(counts) < n_folds:
+        raise ValueError(f"{n_folds} folds need as many patients, and there are {len(counts)}; lower cv")
+    scarce = np.flatnonzero((counts > 0).sum(axis=0) < 2)
+    if scarce.size:
+        raise ValueError(
+            f"class {classes[scarce[0]]!r} has a single patient, who cannot both train and validate; "
+            "pass a validation part or lambda_fraction"
+        )
+    order = np.random.default_rng(seed).permutation(len(counts))
+    order = order[np.argsort(counts.argmax(axis=1)[order], kind="stable")]
+    fold = np.empty(len(counts), int)
+    fold[order] = np.arange(len(counts)) % n_folds
+    return fold
+
+
+def _patient_losses(scaled, codes, patients, coef, intercept) -> np.ndarray:
+    """Mean log-loss in nats of each patient's rows at each point of a path: (patients, L).
+
+    Args:
+        scaled: (m, d) standardised rows.
+        codes: (m,) class indices.
+        patients: (m,) patient indices, 0 to the number of patients - 1.
+        coef: (L, K, d).
+        intercept: (L, K).
+    """
+    losses = np.empty((patients.max() + 1, len(coef)))
+    for step, (w, b) in enumerate(zip(coef, intercept, strict=True)):
+        scores = scaled @ w.T + b
+        if w.shape[0] == 1:
+            log_prob = log_expit(np.where(codes == 1, 1, -1) * scores[:, 0])
+        else:
+            log = log_expit(scores)
+            log_prob = log[np.arange(len(codes)), codes] - logsumexp(log, axis=1)
+        losses[:, step] = np.bincount(patients, -log_prob) / np.bincount(patients)
+    return losses
