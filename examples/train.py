@@ -24,6 +24,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--fold", type=int, default=0, help="group of patients to test on (default: 0)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--expect-processes", type=int, help="stop unless this many processes take part")
+    parser.add_argument("--log-with", help="a tracker of Accelerate: tensorboard, wandb, trackio, ...")
     add_training_arguments(parser)
     args = parser.parse_args()
     if args.method is None:
@@ -33,7 +34,13 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    accelerator = Accelerator()
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        log_with=args.log_with,
+        project_dir=args.output_dir if args.log_with else None,
+    )
+    if args.log_with:
+        accelerator.init_trackers("magdg")
     if args.expect_processes not in (None, accelerator.num_processes):
         raise SystemExit(
             f"{args.expect_processes} processes were expected, {accelerator.num_processes} started: launch with "

@@ -16,6 +16,7 @@ import platform
 import shutil
 import subprocess
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -28,9 +29,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors.numpy
 import torch
+from filelock import FileLock, Timeout
 
 from magnification_invariant import metrics
-from magnification_invariant.data.augment import CROP_PCT, cache_height, input_mpp
+from magnification_invariant.data.augment import CROP_PCT, cache_height, input_mpp, view_height
 from magnification_invariant.data.pixels import PixelCache
 from magnification_invariant.data.splits import Split, assert_disjoint, leave_one_magnification_out
 from magnification_invariant.engine import MEAN, STD, Diverged, FitConfig, TrainRows, fit, predict
@@ -67,6 +69,9 @@ class Cell:
         pretrained_backbone: weights to start from, see `model_folder.load_backbone`.
         allow_seen_init: accept a start that has seen patients or the magnification of the test.
         embedding: what signatures are made of, "penultimate" or "pyramid".
+        mixed_precision: "no", "bf16" or "fp16".
+        compile: see `engine.FitConfig`.
+        label_smoothing, coeff, coeff_schedule: handed to the methods that have them, see `tasks`.
     """
 
     method: str
@@ -86,6 +91,11 @@ class Cell:
     pretrained_backbone: str | None = None
     allow_seen_init: bool = False
     embedding: str = "penultimate"
+    mixed_precision: str = "no"
+    compile: bool = False
+    label_smoothing: float = 0.0
+    coeff: float = 1.0
+    coeff_schedule: str = "dann"
 
     @property
     def name(self) -> str:
@@ -105,6 +115,7 @@ class Cell:
             stain=recipe["stain"],
             ema_decay=recipe["ema_decay"],
             seed=self.seed,
+            compile=self.compile,
         )
 
 
@@ -122,27 +133,59 @@ def grid(
 
 
 def run_grid(
-    cells: list[Cell], ds, output: Path, *, accelerator=None, say: Callable[[str], None] = print
+    cells: list[Cell],
+    ds,
+    output: Path,
+    *,
+    accelerator=None,
+    workers: int = 1,
+    say: Callable[[str], None] = print,
 ) -> list[Path]:
     """Run the cells that are not finished yet; a cell that diverges is reported and the others go on.
+
+    Args:
+        accelerator: with one worker, the processes that share every cell.
+        workers: processes of joblib, each running one cell at a time on a GPU of its own (worker modulo GPUs). Inside
+            ``joblib.parallel_config("dask")`` they are a dask cluster's. A cell is claimed by a lock file beside its
+            folder, so that several such runs, on machines that share the output folder, work on one grid.
 
     Returns:
         Folders of the finished cells.
     """
-    folders = []
+    output = Path(output)
+    if workers == 1:
+        _work(0, cells, ds, output, accelerator, say)
+    else:
+        from joblib import Parallel, delayed
+
+        for height in {cache_height(cell.image_size, cell.fit_config.zoom) for cell in cells}:
+            PixelCache(ds, height)  # built once, before anybody needs it
+        Parallel(n_jobs=workers)(delayed(_work)(k, cells, ds, output, None, say) for k in range(workers))
+    return [output / cell.name for cell in cells if is_finished(output / cell.name, cell, ds)]
+
+
+def _work(worker: int, cells: list[Cell], ds, output: Path, accelerator, say: Callable[[str], None]) -> None:
+    if accelerator is None and torch.cuda.is_available():
+        torch.cuda.set_device(worker % torch.cuda.device_count())
+    shared = accelerator is not None and accelerator.num_processes > 1
     for i, cell in enumerate(cells, 1):
-        folder = Path(output) / cell.name
+        folder, which = output / cell.name, f"[{i}/{len(cells)}] {cell.name}"
+        if shared and cell.method in FLOORS and not accelerator.is_main_process:
+            continue
         if is_finished(folder, cell, ds):
-            say(f"[{i}/{len(cells)}] {cell.name}: finished before, skipped")
-        else:
-            try:
-                run_cell(cell, ds, folder, accelerator=accelerator)
-            except Diverged as error:
-                say(f"[{i}/{len(cells)}] {cell.name}: FAILED, {error}")
-                continue
-            say(f"[{i}/{len(cells)}] {cell.name}: done")
-        folders.append(folder)
-    return folders
+            say(f"{which}: finished before, skipped")
+            continue
+        output.mkdir(parents=True, exist_ok=True)
+        claim = nullcontext() if shared else FileLock(output / f".{cell.name}.lock", timeout=0)
+        try:
+            with claim:
+                if not is_finished(folder, cell, ds):
+                    run_cell(cell, ds, folder, accelerator=accelerator)
+                    say(f"{which}: done")
+        except Timeout:
+            continue  # somebody else is at it
+        except Diverged as error:
+            say(f"{which}: FAILED, {error}")
 
 
 def is_finished(folder: Path, cell: Cell, ds) -> bool:
@@ -180,7 +223,7 @@ def run_cell(cell: Cell, ds, folder: Path, *, accelerator=None) -> None:
     if accelerator is None and cell.method not in FLOORS:
         from accelerate import Accelerator
 
-        accelerator = Accelerator()
+        accelerator = Accelerator(mixed_precision=cell.mixed_precision)
     main = accelerator is None or accelerator.is_main_process
     split = leave_one_magnification_out(
         ds, cell.held_out, n_folds=cell.n_folds, fold=cell.fold, split_seed=cell.split_seed
@@ -190,6 +233,12 @@ def run_cell(cell: Cell, ds, folder: Path, *, accelerator=None) -> None:
         cache = PixelCache(ds, cache_height(cell.image_size, cell.fit_config.zoom))
     columns = {name: np.asarray(ds[column]) for column, name in COLUMNS.items()}
     columns["mpp"] = input_mpp(cache.mpp, cache.height, cell.image_size)
+    if cache.height < view_height(cell.image_size):
+        raise ValueError(
+            f"an image size of {cell.image_size} needs images of {view_height(cell.image_size)} pixels on the short "
+            f"side, and the smallest here has {cache.height}; the largest possible size is "
+            f"{int(cache.height * CROP_PCT)}"
+        )
     if main:
         folder.mkdir(parents=True, exist_ok=True)
     run = _run_floor if cell.method in FLOORS else _run_network
@@ -230,7 +279,8 @@ def _run_network(cell: Cell, ds, folder: Path, split: Split, cache: PixelCache, 
     domains, domain = np.unique(columns["domain"][split.train], return_inverse=True)
     task, start = _create_task(cell, ds, len(domains), set(columns["patient"][[*split.val, *split.test]]))
     if main:
-        write_json(folder / "config.json", _config(cell, ds) | {"start": start})
+        tied = _class_domain_information(columns["label"][split.train], domain)
+        write_json(folder / "config.json", _config(cell, ds) | {"start": start, "class_domain_information": tied})
     rows = TrainRows(split.train, columns["label"][split.train], domain, columns["patient"][split.train])
 
     def predicted(part: str, embedding: str | None = None) -> tuple[np.ndarray, np.ndarray | None]:
@@ -244,6 +294,7 @@ def _run_network(cell: Cell, ds, folder: Path, split: Split, cache: PixelCache, 
         if main:
             (folder / "epochs").mkdir(exist_ok=True)
             write_json(folder / "epochs" / f"{epoch:04d}.json", {"epoch": epoch, **log})
+            accelerator.log({f"{cell.name}/{name}": value for name, value in log.items()}, step=epoch)
             pq.write_table(_records(cell, columns, split, epoch, logits), folder / "epochs" / f"{epoch:04d}.parquet")
 
     model = None
@@ -289,6 +340,21 @@ def _run_network(cell: Cell, ds, folder: Path, split: Split, cache: PixelCache, 
     write_json(folder / "results.json", results)
 
 
+def _class_domain_information(label: np.ndarray, domain: np.ndarray) -> float:
+    """Mutual information of class and domain in bits; a warning where forgetting the domain would cost the class."""
+    joint = np.zeros((label.max() + 1, domain.max() + 1))
+    np.add.at(joint, (label, domain), 1 / len(label))
+    apart = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
+    bits = float((joint[joint > 0] * np.log2(joint[joint > 0] / apart[joint > 0])).sum())
+    if bits > 0.05:
+        warnings.warn(
+            f"class and domain share {bits:.2f} bits in the training rows: a model that must not know the domain "
+            "cannot use all it could know of the class",
+            stacklevel=2,
+        )
+    return bits
+
+
 def _create_task(cell: Cell, ds, num_domains: int, tested: set[str]) -> tuple[Task, dict]:
     """The cell's task, seeded, and the record of the weights it starts from."""
     method = get_task(cell.method)
@@ -313,7 +379,8 @@ def _create_task(cell: Cell, ds, num_domains: int, tested: set[str]) -> tuple[Ta
     for name, value in sorted(model.state_dict().items()):
         if not name.startswith("domain_head."):
             digest.update(name.encode() + value.numpy().tobytes())
-    return method(model), start | {"initial_sha256": digest.hexdigest()}
+    options = {name: getattr(cell, name) for name in method.options}
+    return method(model, **options), start | {"initial_sha256": digest.hexdigest()}
 
 
 def _config(cell: Cell, ds) -> dict:
@@ -342,12 +409,15 @@ def _records(cell: Cell, columns: dict, split: Split, epoch: int, logits: dict[s
     )
 
 
-def _signature(embeddings: dict, split: Split, columns: dict) -> tuple[SparseSignature, dict]:
+def _signature(embeddings: dict, split: Split, columns: dict) -> tuple[SparseSignature | None, dict]:
     """The signature of the training embeddings, how well it does itself, and how far refits of it agree.
 
-    The refits leave out one training magnification each, on the one backbone: indices mean the same in all.
+    The refits leave out one training magnification each, on the one backbone: indices mean the same in all. A
+    representation that has collapsed has no signature; that is a result, not an error.
     """
     label, patient = columns["label"], columns["patient"]
+    if not embeddings["train"].std(0).any():
+        return None, {"size": 0, "width": embeddings["train"].shape[1], "live": 0}
     signature = SparseSignature().fit(
         embeddings["train"],
         label[split.train],
@@ -396,7 +466,8 @@ def _write_model(cell, ds, folder, model, columns, split, results, signature) ->
     target = write_model_folder(
         folder / "model", model, name=name, label_names=labels, data_config=data_config, about=about, text=text
     )
-    projector = SignatureProjector.from_signature(signature, class_names=labels, embedding=cell.embedding, model=name)
-    projector.save_pretrained(target)
+    if signature is not None:
+        about = {"class_names": labels, "embedding": cell.embedding, "source": name, "mpp_range": about["mpp_range"]}
+        SignatureProjector.from_signature(signature, **about).save_pretrained(target)
     shutil.copy(folder / "predictions.parquet", target)
     write_json(target / "results.json", results)

@@ -40,7 +40,8 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
 def cell_arguments(args: argparse.Namespace) -> dict:
     """The arguments of `lomo.Cell` that are the same for a whole grid."""
     shared = ("model", "recipe", "zoom", "epochs", "batch_size", "learning_rate", "n_folds", "split_seed", "threads")
-    shared += ("embedding", "pretrained_backbone", "allow_seen_init")
+    shared += ("embedding", "pretrained_backbone", "allow_seen_init", "mixed_precision", "compile")
+    shared += ("label_smoothing", "coeff", "coeff_schedule")
     size = args.image_size or (64 if args.data == VIRTUAL else 224)
     return {name: getattr(args, name) for name in shared} | {"image_size": size}
 

@@ -13,6 +13,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--held-out", nargs="+", type=int, help="default: every magnification in turn")
     parser.add_argument("--folds", nargs="+", type=int, help="which groups of patients to test; default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="default: 0")
+    parser.add_argument("--workers", type=int, default=1, help="cells at a time, each in a process; default: 1")
     add_training_arguments(parser)
 
 
@@ -27,6 +28,6 @@ def run(args) -> int:
     held_outs = args.held_out or sorted(set(ds["magnification"]))
     folds = args.folds or range(args.n_folds)
     cells = grid(args.methods, held_outs, folds, args.seeds, **cell_arguments(args))
-    finished = run_grid(cells, ds, args.output_dir)
+    finished = run_grid(cells, ds, args.output_dir, workers=args.workers)
     print(markdown(summarise(finished)))
     return 0 if len(finished) == len(cells) else 1

@@ -82,3 +82,16 @@ def embedding_map(folder: Path, path: Path) -> None:
         axis.set(title=f"{Path(folder).name}\n{title}", xlabel="first component", ylabel="second component")
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
+
+
+def curves(folders: Iterable[Path], path: Path) -> None:
+    """Training losses and the coefficient by epoch, a panel a cell."""
+    folders = [Path(folder) for folder in folders if (Path(folder) / "metrics.jsonl").exists()]
+    figure, axes = _figure(len(folders))
+    for axis, folder in zip(axes, folders, strict=True):
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for name in sorted(lines[0].keys() - {"epoch", "loss", "learning_rate"}):
+            axis.plot([line["epoch"] for line in lines], [line[name] for line in lines], label=name.replace("_", " "))
+        axis.set(title=folder.name, xlabel="epoch", ylim=(0, None))
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)

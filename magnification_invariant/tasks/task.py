@@ -37,6 +37,7 @@ class Task(nn.Module):
     """
 
     arch = ""
+    options: tuple[str, ...] = ("label_smoothing",)  # of `lomo.Cell`, for the constructor
 
     def __init__(self, model: nn.Module, *, label_smoothing: float = 0.0):
         super().__init__()
