@@ -1,0 +1,102 @@
+"""Two processes (gloo) against one: the same training, the same predictions."""
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator, debug_launcher
+from accelerate.state import AcceleratorState, PartialState
+from datasets import Dataset, Features, Image, Value
+from PIL import Image as PILImage
+
+from magnification_invariant.data.pixels import PixelCache
+from magnification_invariant.engine import FitConfig, TrainRows, fit, predict
+from magnification_invariant.tasks import DANN, ERM
+
+CONFIG = FitConfig(epochs=2, batch_size=8, image_size=32, learning_rate=1e-2)
+
+
+@pytest.fixture(autouse=True)
+def fresh_state():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    images = [PILImage.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)) for _ in range(21)]
+    ds = Dataset.from_dict(
+        {"image": images, "mpp": [1.0] * 21}, features=Features({"image": Image(), "mpp": Value("float64")})
+    )
+    rows = TrainRows(
+        np.arange(21), np.arange(21) % 2, np.arange(21) // 2 % 3, np.array([f"p{i // 3}" for i in range(21)])
+    )
+    return PixelCache(ds, 37, folder=tmp_path_factory.mktemp("pixels")), rows
+
+
+class FrozenNorm:
+    """BatchNorm with the running statistics: over 4 images it would differ from over 8, whatever the engine does."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
+        return self
+
+
+class FrozenERM(FrozenNorm, ERM):
+    pass
+
+
+class FrozenDANN(FrozenNorm, DANN):
+    pass
+
+
+def train(method, data, path):
+    cache, rows = data
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    accelerator = Accelerator(cpu=True)
+    task = method(method.create_model("test_magdg_resnet", num_classes=2, num_domains=3))
+    logs = []
+
+    def on_epoch(epoch, model, log):
+        logs.append(log["loss"])
+
+    model = fit(
+        task, cache, rows, CONFIG, accelerator=accelerator, on_epoch=on_epoch, checkpoint=path / "checkpoint.pt"
+    )
+    logits, embedding = predict(model, cache, rows.index, 32, embedding="penultimate", accelerator=accelerator)
+    torch.save(
+        {
+            "processes": accelerator.num_processes,
+            "losses": logs,
+            "logits": torch.from_numpy(logits),
+            "embedding": torch.from_numpy(embedding),
+            "weights": model.state_dict(),
+        },
+        path / f"rank{accelerator.process_index}.pt",
+    )
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("method", [FrozenERM, FrozenDANN])
+def test_two_processes_are_one_with_twice_the_hands(method, data, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    debug_launcher(train, (method, data, tmp_path / "two"), num_processes=2)
+    train(method, data, tmp_path / "one")
+    one, two, other = (load(tmp_path / name) for name in ("one/rank0.pt", "two/rank0.pt", "two/rank1.pt"))
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert one["losses"] == pytest.approx(two["losses"], abs=1e-5)
+    assert two["losses"] == other["losses"]  # over all images, not over a process's own
+    # 21 rows on 2 processes: each of them once, in order, on both
+    assert two["logits"].shape == (21, 2) and torch.equal(two["logits"], other["logits"])
+    assert torch.allclose(one["logits"], two["logits"], atol=1e-3)
+    assert torch.allclose(one["embedding"], two["embedding"], atol=1e-3)
+    assert [p.name for p in (tmp_path / "two").glob("checkpoint*")] == ["checkpoint.pt"]
