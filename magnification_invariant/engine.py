@@ -240,12 +240,13 @@ def fit(
                     optimizer.step()
                 for name, value in out.items():
                     if name != "output":
-                        sums[name] = sums.get(name, 0.0) + value.detach()
+                        sums[name] = sums.get(name, 0.0) + value.detach().double()
             if ema:
                 ema.update(task.model, step=now + 1)
             bar.update()
             if (step + 1) % config.log_every == 0 or step + 1 == steps_per_epoch:
-                shown = {name: float(value) / (step + 1) for name, value in sums.items()}
+                means = torch.stack(list(sums.values())) / (step + 1)
+                shown = dict(zip(sums, accelerator.reduce(means, "mean").tolist(), strict=True))
                 if not all(math.isfinite(value) for value in shown.values()):
                     bar.close()
                     raise Diverged(f"the loss is not finite in epoch {epoch}, step {step}: {shown}")

@@ -213,3 +213,17 @@ def test_dann_needs_a_domain_head():
     torch.manual_seed(0)
     with pytest.raises(ValueError, match="domain head"):
         DANN(ERM.create_model(ARCH, num_classes=2, num_domains=3))
+
+
+def test_compilation_makes_one_graph_for_every_coefficient(data, monkeypatch):
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    counter, compile = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compile(function, backend=counter, fullgraph=True))
+    logs = []
+    config = FitConfig(**{**vars(CONFIG), "compile": True, "zoom": 2.0})
+    compiled = fit(make(DANN), *data, config, on_epoch=lambda e, m, log: logs.append(log["coeff"]))
+    assert counter.frame_count == 1 and logs[0] < logs[1]
+    eager = fit(make(DANN), *data, FitConfig(**{**vars(CONFIG), "zoom": 2.0}))
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(compiled.parameters(), eager.parameters(), strict=True))
