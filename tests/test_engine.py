@@ -209,7 +209,42 @@ def test_methods_by_name():
     assert issubclass(DANN, Task)
 
 
-def test_dann_needs_a_domain_head():
+@pytest.mark.parametrize("schedule, wanted", [("dann", 0.9866142981514303), ("constant", 1.0), ("linear", 0.5)])
+def test_schedules_of_the_coefficient(schedule, wanted):
+    task = make(DANN, coeff=2.0, coeff_schedule=schedule)
+    out = task(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 0, 1]), torch.tensor([0, 1, 2, 0]), torch.tensor(0.5))
+    assert out["coeff"].item() == pytest.approx(2 * wanted, rel=1e-6)
+
+
+def test_the_adaptive_coefficient_makes_both_gradients_equally_strong():
+    """Against the two gradients at the pooled features, taken one by one."""
+    task = make(DANN, coeff=0.7, coeff_schedule="adaptive")
+    x, y, d = torch.randn(6, 3, 32, 32), torch.tensor([0, 1, 0, 1, 1, 0]), torch.tensor([0, 1, 2, 0, 1, 2])
+    out = task(x, y, d, torch.tensor(0.3))
+    out["loss"].backward()
+    got = [p.grad.clone() for p in task.model.layer1.parameters()]
+
+    def gradients(of):
+        model = task.model
+        pooled = model.forward_head(model.forward_features(x), pre_logits=True)
+        loss = torch.nn.functional.cross_entropy(
+            *((model.fc(pooled), y) if of == "class" else (model.domain_head(pooled), d))
+        )
+        at_features = torch.autograd.grad(loss, pooled, retain_graph=True)[0].norm()
+        return at_features, torch.autograd.grad(loss, list(model.layer1.parameters()))
+
+    (class_norm, by_class), (domain_norm, by_domain) = gradients("class"), gradients("domain")
+    coeff = 0.7 * (2 / (1 + math.exp(-3)) - 1) * class_norm / domain_norm
+    assert out["coeff"].item() == pytest.approx(coeff.item(), rel=1e-4)
+    for g, c, r in zip(got, by_class, by_domain, strict=True):
+        assert torch.allclose(g, c - coeff * r, atol=1e-5)
+
+
+def test_dann_refuses_what_it_cannot_do():
+    with pytest.raises(ValueError, match="choose from dann, constant"):
+        make(DANN, coeff_schedule="cosine")
+    with pytest.raises(ValueError, match="two training domains"):
+        DANN(DANN.create_model(ARCH, num_classes=2, num_domains=1))
     torch.manual_seed(0)
     with pytest.raises(ValueError, match="domain head"):
         DANN(ERM.create_model(ARCH, num_classes=2, num_domains=3))

@@ -116,9 +116,13 @@ class MagDGResNet(ResNet):
         x = self.forward_features(x)
         # The form of timm's distilled ViT: TorchScript does not read a branch guarded like this.
         if self.domain_training and self.training and not torch.jit.is_scripting():
-            pooled = self.forward_head(x, pre_logits=True)
-            return self.fc(pooled), self.domain_head(grad_reverse(pooled, self.grl_coeff))
+            return self.forward_heads(self.forward_head(x, pre_logits=True))
         return self.forward_head(x)
+
+    @torch.jit.ignore
+    def forward_heads(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """Pooled features (B, head_hidden_size) to `(logits, domain_logits)`, the second behind the reversal."""
+        return self.fc(pooled), self.domain_head(grad_reverse(pooled, self.grl_coeff))
 
 
 def _match_domain_head(module: MagDGResNet, state_dict: dict, prefix: str, *_) -> None:

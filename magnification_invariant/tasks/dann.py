@@ -1,10 +1,13 @@
 """Domain-adversarial training (Ganin et al., JMLR 17(59), 2016) on the magnification."""
 
 import timm
+import torch
 import torch.nn.functional as F
 
 from magnification_invariant.models import dann_coeff
 from magnification_invariant.tasks.task import Player, Task, parameters_except
+
+SCHEDULES = ("dann", "constant", "linear", "adaptive")
 
 
 class DANN(Task):
@@ -14,19 +17,28 @@ class DANN(Task):
     coefficient of 0 backbone and classifier train exactly, bit for bit, as under `ERM`.
 
     Args:
-        coeff: the largest coefficient; it rises towards it as ``coeff * dann_coeff(progress)``.
+        coeff: the largest coefficient c.
+        coeff_schedule: how it depends on the share p of the training done. "dann": ``c dann_coeff(p)``; "constant":
+            ``c``; "linear": ``c p``; "adaptive": ``c dann_coeff(p) |dL_class/dz| / |dL_domain/dz|`` at the pooled
+            features z of the batch, so that the adversary pushes the features as hard as the class loss does, however
+            large or small its own gradient has become.
     """
 
     arch = "magdg_resnet18"
+    options = ("label_smoothing", "coeff", "coeff_schedule")
 
-    def __init__(self, model, *, coeff: float = 1.0, **kwargs):
+    def __init__(self, model, *, coeff: float = 1.0, coeff_schedule: str = "dann", **kwargs):
         super().__init__(model, **kwargs)
         if not getattr(model, "num_domains", 0):
             raise ValueError(
                 "DANN needs a model with a domain head, such as magdg_resnet18 or test_magdg_resnet with num_domains "
                 f"> 0; {type(model).__name__} has none"
             )
-        self.coeff = coeff
+        if model.num_domains < 2:
+            raise ValueError("DANN needs at least two training domains to tell apart, and there is one: use erm")
+        if coeff_schedule not in SCHEDULES:
+            raise ValueError(f"unknown coefficient schedule {coeff_schedule!r}: choose from {', '.join(SCHEDULES)}")
+        self.coeff, self.coeff_schedule = coeff, coeff_schedule
         model.set_domain_training(True)
 
     @classmethod
@@ -39,9 +51,10 @@ class DANN(Task):
         return [Player("model", [parameters_except(self.model, head), list(head.parameters())])]
 
     def forward(self, input, target, domain, progress, player=0):
-        coeff = self.coeff * dann_coeff(progress)
+        pooled = self.model.forward_head(self.model.forward_features(input), pre_logits=True)
+        coeff = self._coefficient(pooled, target, domain, progress)
         self.model.set_grl_coeff(coeff)
-        output, domain_output = self.model(input)
+        output, domain_output = self.model.forward_heads(pooled)
         class_loss, domain_loss = self.class_loss(output, target), F.cross_entropy(domain_output, domain)
         return {
             "loss": class_loss + domain_loss,
@@ -51,3 +64,17 @@ class DANN(Task):
             "domain_accuracy": (domain_output.argmax(1) == domain).float().mean(),
             "coeff": coeff,
         }
+
+    def _coefficient(self, pooled, target, domain, progress) -> torch.Tensor:
+        if self.coeff_schedule == "constant":
+            return self.coeff * torch.ones_like(progress)
+        if self.coeff_schedule == "linear":
+            return self.coeff * progress
+        coeff = self.coeff * dann_coeff(progress)
+        if self.coeff_schedule == "adaptive":
+            z = pooled.detach().requires_grad_()
+            class_loss = self.class_loss(self.model.get_classifier()(z), target)
+            domain_loss = F.cross_entropy(self.model.domain_head(z), domain)
+            (by_class,), (by_domain,) = torch.autograd.grad(class_loss, z), torch.autograd.grad(domain_loss, z)
+            coeff = coeff * by_class.norm() / by_domain.norm().clamp(min=1e-12)
+        return coeff
