@@ -293,7 +293,8 @@ def _run_network(cell: Cell, ds, folder: Path, split: Split, cache: PixelCache, 
         logits = {part: predicted(part)[0] for part in PARTS}
         if main:
             (folder / "epochs").mkdir(exist_ok=True)
-            write_json(folder / "epochs" / f"{epoch:04d}.json", {"epoch": epoch, **log})
+            reproducible = {name: value for name, value in log.items() if name != "images_per_second"}
+            write_json(folder / "epochs" / f"{epoch:04d}.json", {"epoch": epoch, **reproducible})
             accelerator.log({f"{cell.name}/{name}": value for name, value in log.items()}, step=epoch)
             pq.write_table(_records(cell, columns, split, epoch, logits), folder / "epochs" / f"{epoch:04d}.parquet")
 

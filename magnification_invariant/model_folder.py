@@ -90,7 +90,7 @@ def write_model_folder(
     }
     (unfinished / "config.json").write_text(json.dumps(config, indent=2))
     safetensors.torch.save_file(plain_state_dict(model), unfinished / "model.safetensors", {"format": "pt"})
-    size = round(data_config["input_size"][-1] / data_config["crop_pct"])
+    size = int(data_config["input_size"][-1] / data_config["crop_pct"])
     low, high = about["mpp_range"]
     card = CARD.format(
         name=name,

@@ -1,6 +1,7 @@
 """What a run leaves behind: the predictions table, and the numbers that follow from it alone."""
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -53,19 +54,28 @@ def part_of(records: pa.Table, part: str, temperature: float = 1.0) -> dict[str,
 
 
 def scores(label: np.ndarray, probability: np.ndarray, patient: np.ndarray) -> dict:
-    """Every metric by image and patient-balanced, and patient-clustered intervals of the main ones."""
+    """Every metric by image and patient-balanced, and patient-clustered intervals of the main ones.
+
+    What does not exist is None: an AUC of one class, an interval of too few patients.
+    """
     weight = metrics.patient_weights(patient)
-    return {
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # too few patients for an interval: the None says it
+        intervals = {
+            name: metrics.cluster_interval(name, label, probability, patient)[1:] for name in ("auc", "f1", "brier")
+        }
+    found = {
         "images": len(label),
         "patients": len(np.unique(patient)),
         "image": {name: metric(label, probability) for name, metric in metrics.METRICS.items()},
         "patient_balanced": {
             name: metric(label, probability, sample_weight=weight) for name, metric in metrics.METRICS.items()
         },
-        "interval": {
-            name: metrics.cluster_interval(name, label, probability, patient)[1:] for name in ("auc", "f1", "brier")
-        },
     }
+    found["interval"] = {name: None if np.isnan(ends).any() else list(ends) for name, ends in intervals.items()}
+    for weighting in ("image", "patient_balanced"):
+        found[weighting] = {name: None if np.isnan(value) else value for name, value in found[weighting].items()}
+    return found
 
 
 def evaluate(records: pa.Table, temperature: float = 1.0) -> dict:

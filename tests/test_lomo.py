@@ -78,9 +78,9 @@ def test_records(ds, finished):
     assert 200 not in set(records[records.part != "test"].domain)
     logits = np.stack(records.logits)
     assert np.allclose(records.probability, 1 / (1 + np.exp(logits[:, 0] - logits[:, 1])))
-    # um/px at the network's input: the whole height of 460 native pixels on 37
+    # um/px at the network's input: the whole height of 460 native pixels on 36
     native = 6.5 / (3.3 * 20)
-    assert np.allclose(records[records.part == "test"].mpp, native * 460 / 37)
+    assert np.allclose(records[records.part == "test"].mpp, native * 460 / 36)
 
     tensors = safetensors.torch.load_file(finished / "embeddings.safetensors")
     assert tensors["train.row"].tolist() == split.train.tolist()
@@ -117,7 +117,7 @@ def test_the_model_loads_in_timm_and_says_the_same(ds, finished):
 
     config = read_model_config(str(finished / "model"))
     native = {m: 6.5 / (3.3 * m / 10) for m in (40, 100, 400)}
-    assert config["mpp_range"] == pytest.approx([native[400] * 460 / 37, native[40] * 460 / 37])
+    assert config["mpp_range"] == pytest.approx([native[400] * 460 / 36, native[40] * 460 / 36])
     assert config["mpp_source"] == pytest.approx(sorted(10 * v for v in native.values()), abs=1e-6)  # 70 pixels wide
     assert config["seen"]["magnifications"] == [40, 100, 400] and len(config["seen"]["patients"]) == 6
     assert config["label_names"] == ["benign", "malignant"] and "model_args" not in config

@@ -20,8 +20,8 @@ DRAWS = 10  # random numbers an image needs: quarter turn and flip, zoom, centre
 
 
 def view_height(size: int) -> int:
-    """Short side in pixels of the resized image of which a `size` x `size` square is the network's input."""
-    return round(size / CROP_PCT)
+    """Short side in pixels of the resized image of which a `size` x `size` square is the network's input, as in timm."""
+    return math.floor(size / CROP_PCT)
 
 
 def cache_height(size: int, zoom: float = 1.0) -> int:
@@ -39,9 +39,9 @@ def centre_view(images: torch.Tensor, size: int) -> torch.Tensor:
     height = view_height(size)
     x = images.float().div_(255)
     if x.shape[2] != height:
-        width = max(size, round(x.shape[3] * height / x.shape[2]))
+        width = x.shape[3] * height // x.shape[2]
         x = F.interpolate(x, (height, width), mode="bilinear", antialias=True, align_corners=False)
-    top, left = (x.shape[2] - size) // 2, (x.shape[3] - size) // 2
+    top, left = round((x.shape[2] - size) / 2), round((x.shape[3] - size) / 2)  # as torchvision's CenterCrop
     return x[:, :, top : top + size, left : left + size]
 
 

@@ -74,7 +74,7 @@ class PixelCache:
             sizes = np.array(list(pool.map(_size, sources)))
             short = sizes.min(1)
             height = int(min(height, short.min()))
-            scaled = np.maximum(np.rint(sizes * (height / short)[:, None]).astype(int), height)
+            scaled = sizes * height // short[:, None]  # rounded down, as torchvision's Resize does
             width, rows = scaled.min(0)
             shape = (len(sources), 3, int(rows), int(width))
             need, free = int(np.prod(shape)), shutil.disk_usage(self.folder.parent).free

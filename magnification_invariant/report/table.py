@@ -69,7 +69,7 @@ def _row(method: str, held_out: int, cells: list, part: str) -> dict:
     row = {"method": method, "held_out": held_out, "cells": len(cells), "marks": sorted(marks)}
     for (group, name), values in measured.items():
         row.setdefault(group, {})[name] = float(np.mean(values))
-    if len(cells) == 1:
+    if len(cells) == 1 and intervals[0]:
         row["auc_interval"] = intervals[0]
     return row
 
