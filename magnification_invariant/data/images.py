@@ -1,0 +1,90 @@
+"""Images as they are stored: opened, sized and turned to 8-bit RGB the same way everywhere."""
+
+import io
+import os
+from typing import BinaryIO
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp"}
+Encoded = tuple[str | None, bytes | None]  # path and bytes of an image as `datasets` stores it: the one, other or both
+
+
+class EncodedImages:
+    """The images of a table, undecoded: `images[i]` is (path, bytes), read when asked for.
+
+    Raises:
+        ValueError: the table has no such column.
+    """
+
+    def __init__(self, ds, image_column: str = "image"):
+        import datasets
+
+        if image_column not in ds.column_names:
+            raise ValueError(f"no column {image_column!r} in the table; it has {', '.join(ds.column_names)}")
+        column = ds.with_format(None).select_columns([image_column])
+        self._rows = column.cast_column(image_column, datasets.Image(decode=False))
+        self._column = image_column
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, i: int) -> Encoded:
+        image = self._rows[int(i)][self._column]
+        return image["path"], image["bytes"]
+
+
+def open_image(encoded: Encoded) -> Image.Image:
+    path, content = encoded
+    return Image.open(path if content is None else io.BytesIO(content))
+
+
+def name_of(encoded: Encoded) -> str:
+    """What to call the image in a message."""
+    return repr(encoded[0] or "(embedded, without a name)")
+
+
+def shown_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height as shown, that is after the turn that EXIF asks for; no pixel is decoded."""
+    # Pillow decodes a whole PNG to look for EXIF data behind the pixels, where hardly any file has them.
+    has_exif = image.format != "PNG" or "exif" in image.info
+    turned = has_exif and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    return image.size[::-1] if turned else image.size
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB, turned as EXIF asks for; of 16 bits the upper 8 are kept, of several frames the first.
+
+    Raises:
+        ValueError: values have no known range (32-bit integers, floating point).
+    """
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"values of mode {image.mode!r} have no known range; store the image with 8 or 16 bits")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def check(file: str | os.PathLike | BinaryIO) -> tuple[int, int]:
+    """Width and height as shown of a whole image. As little decoding as finds damage.
+
+    Raises:
+        Exception: it is none; Pillow raises OSError, SyntaxError, ValueError, struct.error ... on damaged files.
+    """
+    with Image.open(file) as image:
+        (width, height), limit = shown_size(image), Image.MAX_IMAGE_PIXELS
+        if limit and width * height > limit:
+            raise Image.DecompressionBombError(f"{width} x {height} pixels are more than the limit of {limit}")
+        if image.mode in ("I", "F"):
+            raise ValueError(f"values of mode {image.mode!r} have no known range; store it with 8 or 16 bits")
+        if image.format == "PNG":
+            image.verify()  # checksums, no decoding
+        else:
+            if image.format == "JPEG":
+                # Reads all coefficients, computes few pixels.
+                image.draft(None, (max(1, width // 8), max(1, height // 8)))
+            image.load()
+    return width, height
