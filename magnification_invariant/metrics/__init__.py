@@ -21,34 +21,37 @@ from magnification_invariant.metrics.classification import (
     patient_recognition_rate,
     patient_weights,
 )
+from magnification_invariant.metrics.intervals import METRICS, cluster_interval, holm, paired_difference
+from magnification_invariant.metrics.invariance import class_conditional_mmd, domain_probe, linear_cka
 from magnification_invariant.metrics.stability import chance_jaccard, jaccard, mean_pairwise_jaccard, nogueira
-
-METRICS = {
-    "auc": auc,
-    "average_precision": average_precision,
-    "f1": f1,
-    "accuracy": accuracy,
-    "balanced_accuracy": balanced_accuracy,
-    "brier": brier,
-    "log_loss": log_loss,
-    "expected_calibration_error": expected_calibration_error,
-    "debiased_calibration_error": debiased_calibration_error,
-    "smooth_calibration_error": smooth_calibration_error,
-}
-"""Metrics by name, all of the form `(y_true, y_prob, sample_weight=None) -> float`."""
 
 __all__ = [
     "METRICS",
+    "accuracy",
     "apply_temperature",
+    "auc",
+    "average_precision",
+    "balanced_accuracy",
+    "brier",
     "by_domain",
     "chance_jaccard",
+    "class_conditional_mmd",
+    "cluster_interval",
     "corp_decomposition",
+    "debiased_calibration_error",
+    "domain_probe",
+    "expected_calibration_error",
+    "f1",
     "fit_temperature",
+    "holm",
     "jaccard",
+    "linear_cka",
+    "log_loss",
     "mean_pairwise_jaccard",
     "nogueira",
+    "paired_difference",
     "patient_recognition_rate",
     "patient_weights",
     "reliability_curve",
-    *METRICS,
+    "smooth_calibration_error",
 ]

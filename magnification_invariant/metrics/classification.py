@@ -36,7 +36,7 @@ def check_binary(
             "y_true, y_prob and sample_weight must be one-dimensional, not empty and of one length, "
             f"not {y_true.shape}, {y_prob.shape} and {weight.shape}; y_prob holds the probability of malignant alone"
         )
-    if not np.isin(y_true, (0, 1)).all():
+    if not ((y_true == 0) | (y_true == 1)).all():
         raise ValueError(f"y_true must hold 0 (benign) and 1 (malignant), not {np.unique(y_true)[:5].tolist()}")
     if not np.isfinite(y_prob).all():
         raise ValueError(f"y_prob has {np.sum(~np.isfinite(y_prob))} rows that are NaN or infinite")

@@ -31,10 +31,11 @@ def _violation(gradient: np.ndarray, coef: np.ndarray, penalty: float) -> float:
 def _minimise_model(
     hessian: np.ndarray, linear: np.ndarray, penalty: float, coef: np.ndarray, tol: float
 ) -> np.ndarray:
-    """Minimises `u'Hu/2 - linear'u + penalty ||u||_1` from `coef`, for a positive definite H, to a KKT violation of tol.
+    """Minimises `u'Hu/2 - linear'u + penalty ||u||_1` from `coef`, for a positive definite H.
 
     Coordinate descent finds the signs soon and the values late; given the signs, the values solve a linear system. So
-    the two alternate, with coordinate descent going on longer each time.
+    the two alternate, with coordinate descent going on longer each time, until the KKT conditions of the model
+    hold to `tol`.
     """
     from scipy.linalg import cho_factor, cho_solve, cholesky, solve_triangular
     from sklearn.exceptions import ConvergenceWarning

@@ -1,0 +1,356 @@
+"""Intervals and tests that know that images of one patient are not independent.
+
+The estimand is a metric over *patients*: each image weighs 1/n of its patient (`patient_weights`). Uncertainty comes
+from the patients alone; the trained models are taken as given, so nothing here speaks of other training runs.
+
+Two methods:
+
+* "t": a standard error from how much each patient moves the figure, a scale on which the figure is closer to normal
+  (logit for figures in [0, 1], log for the log-loss, none for differences) and Student's t with
+  (patients of the smaller class - 1) degrees of freedom. For the AUC the variance is the clustered one of Obuchowski
+  (Biometrics 53, 1997), which is DeLong's if every patient has one image; for other metrics it is the jackknife over
+  patients within their class.
+* "bootstrap": percentiles over redrawn patients, within their class. It covers too little with few patients, but asks
+  nothing of the metric.
+
+Measured coverage of nominal 95 % intervals of the AUC (`benchmarks/interval_coverage.py`, 1,000 simulated test sets,
+25 images a patient, true AUC 0.83 / 0.95):
+
+| benign/malignant patients | t | bootstrap |
+|---|---|---|
+| 3/11 (refused) | .99 / .99 | .79 / .73 |
+| 8/18 | .97 / .95 | .92 / .88 |
+| 16/54 | .96 / .95 | .93 / .90 |
+| 40/80 | .95 / .95 | .94 / .93 |
+
+"t" covered .92 to .98 for the other metrics from 16/54 on (.83 for the calibration error at 8/18; the bootstrap, which
+adds its own noise to an error that noise inflates, covered it as rarely as .04).
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from magnification_invariant.metrics.calibration import (
+    debiased_calibration_error,
+    expected_calibration_error,
+    smooth_calibration_error,
+)
+from magnification_invariant.metrics.classification import (
+    accuracy,
+    auc,
+    average_precision,
+    balanced_accuracy,
+    brier,
+    check_binary,
+    f1,
+    log_loss,
+    patient_weights,
+)
+
+METRICS: dict[str, Callable[..., float]] = {
+    "auc": auc,
+    "average_precision": average_precision,
+    "f1": f1,
+    "accuracy": accuracy,
+    "balanced_accuracy": balanced_accuracy,
+    "brier": brier,
+    "log_loss": log_loss,
+    "expected_calibration_error": expected_calibration_error,
+    "debiased_calibration_error": debiased_calibration_error,
+    "smooth_calibration_error": smooth_calibration_error,
+}
+"""Metrics by name, all of the form `(y_true, y_prob, sample_weight=None) -> float`."""
+
+FEWEST_PATIENTS = 8
+"""Patients of each class that an interval takes: below, no method that was tried covers what it claims."""
+
+
+class Interval(NamedTuple):
+    """A figure with its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Difference(NamedTuple):
+    """A difference of two models on the same patients, with interval and two-sided p-value."""
+
+    difference: float
+    low: float
+    high: float
+    p_value: float
+
+
+class _Patients:
+    """Rows grouped by patient, with whatever a metric needs to be computed again for other weights of the patients."""
+
+    def __init__(self, metric, y_true, y_probs, groups, folds):
+        self.metric = METRICS.get(metric, metric)
+        if not callable(self.metric):
+            raise ValueError(f"no metric is called {metric!r}; there are {', '.join(METRICS)}, or pass a function")
+        self.is_auc = self.metric is auc
+        scores = self.metric in (auc, average_precision) or self.metric not in METRICS.values()
+        checked = [check_binary(y_true, prob, scores=scores) for prob in y_probs]
+        self.y, self.probs = checked[0][0], [prob for _, prob, _ in checked]
+        groups = np.asarray(groups)
+        if groups.shape != self.y.shape:
+            raise ValueError(f"groups must give one patient to each of {len(self.y)} rows, not shape {groups.shape}")
+        self.weight = patient_weights(groups)
+        _, first, self.patient = np.unique(groups, return_index=True, return_inverse=True)
+        self.count = len(first)
+        malignant, benign = (np.bincount(self.patient, self.weight * label) for label in (self.y, ~self.y))
+        self.with_class = int((malignant > 0).sum()), int((benign > 0).sum())
+        self.smaller = min(self.with_class)
+        self.malignant = malignant >= 0.5  # the stratum of a patient; all their images, in BreaKHis
+        self.pairs = np.outer(malignant, benign)
+        if folds is not None:
+            if not self.is_auc:
+                raise ValueError("folds only applies to the AUC: other metrics compare no rows with each other")
+            folds = np.asarray(folds)
+            if folds.shape != self.y.shape or (folds != folds[first][self.patient]).any():
+                raise ValueError("folds must give every row of a patient the same fold")
+            self.pairs = self.pairs * (folds[first][:, None] == folds[first])
+
+    def wins(self, malignant: np.ndarray, benign: np.ndarray) -> np.ndarray:
+        """Weighted wins of each patient's malignant images over each patient's benign ones, (patients, patients).
+
+        Computed once: any AUC over redrawn or reweighted patients is a quadratic form in it.
+        """
+        wins = np.zeros((self.count, self.count))
+        who, scores = self.patient[self.y], malignant[self.y]
+        for patient in np.unique(self.patient[~self.y]):
+            mine = ~self.y & (self.patient == patient)
+            rivals = np.sort(benign[mine])
+            beaten = (np.searchsorted(rivals, scores, "left") + np.searchsorted(rivals, scores, "right")) / 2
+            wins[:, patient] = np.bincount(who, self.weight[self.y] * beaten, minlength=self.count)
+            wins[:, patient] *= self.weight[mine][0]
+        return wins * (self.pairs > 0)
+
+    def figures(self, prob: np.ndarray, times: np.ndarray) -> np.ndarray:
+        """The metric with each patient taken `times` (draws, patients) times: (draws,)."""
+        if self.is_auc:
+            wins = self.wins(prob, prob)
+            with np.errstate(invalid="ignore"):
+                return ((times @ wins) * times).sum(axis=1) / ((times @ self.pairs) * times).sum(axis=1)
+        rows = times[:, self.patient] * self.weight
+        return np.array([self.metric(self.y, prob, weight) for weight in rows])
+
+    def variance(self, probs: list[np.ndarray], values: np.ndarray) -> float:
+        """Variance of the figure, or of the difference of two, under new patients."""
+        if self.is_auc:
+            malignant, benign = np.zeros(self.count), np.zeros(self.count)
+            for sign, prob, value in zip((1, -1), probs, values, strict=False):
+                excess = (self.wins(prob, prob) - value * self.pairs) / self.pairs.sum()
+                malignant, benign = malignant + sign * excess.sum(axis=1), benign + sign * excess.sum(axis=0)
+            m, n = (int((self.pairs.sum(axis=axis) > 0).sum()) for axis in (1, 0))
+            return float(
+                m / (m - 1) * malignant @ malignant
+                + n / (n - 1) * benign @ benign
+                + 2 * self.count / (self.count - 1) * malignant @ benign
+            )
+        without = np.ones((self.count, self.count)) - np.eye(self.count)
+        left = self.figures(probs[0], without) - (self.figures(probs[1], without) if len(probs) > 1 else 0)
+        return sum(
+            (group.sum() - 1) * float(np.var(left[group])) for group in (self.malignant, ~self.malignant) if group.any()
+        )
+
+    def redraws(self, n_draws: int, seed: int) -> np.ndarray:
+        """How often each patient is drawn, with replacement within their class: (n_draws, patients)."""
+        rng, times = np.random.default_rng(seed), np.zeros((n_draws, self.count))
+        for group in (np.flatnonzero(self.malignant), np.flatnonzero(~self.malignant)):
+            if len(group):
+                times[:, group] = rng.multinomial(len(group), np.full(len(group), 1 / len(group)), size=n_draws)
+        return times
+
+    def method(self, method: str | None) -> str:
+        if method is None:
+            return "t" if self.metric in METRICS.values() else "bootstrap"
+        if method not in ("t", "bootstrap"):
+            raise ValueError(f"method must be 't' or 'bootstrap', not {method!r}")
+        return method
+
+    def too_few(self) -> bool:
+        if self.smaller >= FEWEST_PATIENTS:
+            return False
+        warnings.warn(
+            f"{self.with_class[0]} malignant and {self.with_class[1]} benign patients allow no interval: it takes "
+            f"{FEWEST_PATIENTS} of each class",
+            UserWarning,
+            stacklevel=3,
+        )
+        return True
+
+
+def cluster_interval(
+    metric: str | Callable[..., float],
+    y_true: ArrayLike,
+    y_prob: ArrayLike,
+    groups: ArrayLike,
+    method: str | None = None,
+    *,
+    n_draws: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+    folds: ArrayLike | None = None,
+) -> Interval:
+    """Estimates a patient-balanced metric with an interval over patients.
+
+    Args:
+        metric: A name of `METRICS`, or a function `(y_true, y_prob, sample_weight) -> float`.
+        y_true: (n,) labels, 1 = malignant.
+        y_prob: (n,) probabilities of malignant.
+        groups: (n,) patient of each row.
+        method: "t" or "bootstrap"; None takes "t" for the metrics of this package and the bootstrap for functions of
+            the caller's, which need not be smooth in the weights.
+        n_draws: Draws of the bootstrap.
+        seed: Seed of the bootstrap.
+        level: Nominal coverage.
+        folds: (n,) model that each row was predicted by, where several share the patients between them. The AUC then
+            counts only pairs of one fold, pooled by their weight: scores of different models are not on one scale.
+
+    Returns:
+        Value, low, high. The bounds are NaN, with a warning, with fewer than 8 patients in a class. A figure of
+        exactly 0 or 1 shows no variance; its "t" interval then is the exact binomial one (Clopper and Pearson) for
+        that many patients of the smaller class, all right or all wrong, which is wide.
+
+    Raises:
+        ValueError: On NaN, labels other than 0 and 1, columns of other lengths, an unknown metric or method.
+    """
+    sample = _Patients(metric, y_true, [y_prob], groups, folds)
+    method, prob = sample.method(method), sample.probs[0]
+    value = float(sample.figures(prob, np.ones((1, sample.count)))[0])
+    if sample.too_few():
+        return Interval(value, float("nan"), float("nan"))
+    if method == "bootstrap":
+        low, high = np.quantile(sample.figures(prob, sample.redraws(n_draws, seed)), _tails(level))
+        return Interval(value, float(low), float(high))
+
+    from scipy.special import expit, logit
+
+    if sample.metric in METRICS.values() and value in (0.0, 1.0):
+        slack = _tails(level)[0] ** (1 / sample.smaller)
+        return Interval(value, slack, 1.0) if value else Interval(value, 0.0, 1 - slack)
+    half = _half_width(sample, [prob], np.array([value]), level)
+    if sample.metric is log_loss:
+        low, high = np.exp(np.log(value) + np.array([-half, half]) / value)
+    elif sample.metric in METRICS.values():
+        low, high = expit(logit(value) + np.array([-half, half]) / (value * (1 - value)))
+    else:
+        low, high = value - half, value + half
+    return Interval(value, float(low), float(high))
+
+
+def paired_difference(
+    metric: str | Callable[..., float],
+    y_true: ArrayLike,
+    y_prob_a: ArrayLike,
+    y_prob_b: ArrayLike,
+    groups: ArrayLike,
+    method: str | None = None,
+    *,
+    n_draws: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+    folds: ArrayLike | None = None,
+) -> Difference:
+    """Compares two models on the same rows: metric of a minus metric of b.
+
+    The p-value is that of a permutation test: under the null hypothesis the models are exchangeable, so all of a
+    patient's predictions may be swapped between them (`n_draws` random sets of patients, two-sided, the observed one
+    counted in). For the AUC the scores are replaced by their ranks within their model and fold first, as in Bandos,
+    Rockette and Gur (Statistics in Medicine 24, 2005), because models may rank alike on different scales.
+
+    Args:
+        metric: As in `cluster_interval`.
+        y_true: (n,) labels, 1 = malignant.
+        y_prob_a: (n,) probabilities of the one model.
+        y_prob_b: (n,) probabilities of the other.
+        groups: (n,) patient of each row.
+        method: As in `cluster_interval`; no scale transform is used for differences.
+        n_draws: Draws of the bootstrap and of the permutation test.
+        seed: Seed of both.
+        level: Nominal coverage.
+        folds: As in `cluster_interval`.
+
+    Returns:
+        Difference, low, high, p-value. The bounds are NaN, with a warning, with fewer than 8 patients in a class.
+
+    Raises:
+        ValueError: As in `cluster_interval`.
+    """
+    sample = _Patients(metric, y_true, [y_prob_a, y_prob_b], groups, folds)
+    method, probs = sample.method(method), sample.probs
+    values = np.array([sample.figures(prob, np.ones((1, sample.count)))[0] for prob in probs])
+    difference = float(values[0] - values[1])
+    p_value = _swap_test(sample, difference, n_draws, seed, folds)
+    if sample.too_few():
+        return Difference(difference, float("nan"), float("nan"), p_value)
+    if method == "bootstrap":
+        times = sample.redraws(n_draws, seed)
+        low, high = np.quantile(sample.figures(probs[0], times) - sample.figures(probs[1], times), _tails(level))
+        return Difference(difference, float(low), float(high), p_value)
+    half = _half_width(sample, probs, values, level)
+    return Difference(difference, difference - half, difference + half, p_value)
+
+
+def holm(p_values: ArrayLike) -> np.ndarray:
+    """Adjusts the p-values (m,) of one family of tests by Holm's step-down method (1979)."""
+    p_values = np.asarray(p_values, np.float64)
+    order = np.argsort(p_values)
+    adjusted = np.maximum.accumulate(p_values[order] * np.arange(len(p_values), 0, -1))
+    result = np.empty_like(adjusted)
+    result[order] = np.minimum(adjusted, 1.0)
+    return result
+
+
+def _tails(level: float) -> tuple[float, float]:
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie between 0 and 1, not {level}")
+    return (1 - level) / 2, (1 + level) / 2
+
+
+def _half_width(sample: _Patients, probs: list[np.ndarray], values: np.ndarray, level: float) -> float:
+    from scipy.stats import t
+
+    return float(t.ppf(_tails(level)[1], sample.smaller - 1) * np.sqrt(max(sample.variance(probs, values), 0.0)))
+
+
+def _swap_test(sample: _Patients, difference: float, n_draws: int, seed: int, folds: ArrayLike | None) -> float:
+    """Two-sided p-value from swapping whole patients between the two models."""
+    if not np.isfinite(difference):
+        return float("nan")
+    a, b = sample.probs
+    swap = np.random.default_rng(seed).random((n_draws, sample.count)) < 0.5
+    if sample.is_auc:
+        from scipy.stats import rankdata
+
+        parts = np.zeros(len(a), int) if folds is None else np.unique(np.asarray(folds), return_inverse=True)[1]
+        ranks = [np.empty(len(a)), np.empty(len(a))]
+        for part in np.unique(parts):
+            mine = parts == part
+            for rank, prob in zip(ranks, (a, b), strict=True):
+                rank[mine] = rankdata(prob[mine])
+        keep, swap = 1.0 - swap, swap.astype(np.float64)
+        drawn = np.zeros(n_draws)
+        for i, malignant in enumerate(ranks):
+            for j, benign in enumerate(ranks):
+                wins = sample.wins(malignant, benign) / sample.pairs.sum()
+                # Model a gets these wins where both patients' predictions came from (i, j), model b where not.
+                first = (keep, swap)[i], (keep, swap)[j]
+                second = (swap, keep)[i], (swap, keep)[j]
+                drawn += ((first[0] @ wins) * first[1]).sum(axis=1) - ((second[0] @ wins) * second[1]).sum(axis=1)
+    else:
+        rows = swap[:, sample.patient]
+        drawn = np.array(
+            [
+                sample.metric(sample.y, np.where(row, b, a), sample.weight)
+                - sample.metric(sample.y, np.where(row, a, b), sample.weight)
+                for row in rows
+            ]
+        )
+    return float((1 + np.sum(np.abs(drawn) >= abs(difference) - 1e-12)) / (1 + n_draws))

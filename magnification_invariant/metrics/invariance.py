@@ -1,0 +1,167 @@
+"""What frozen embeddings still tell about the acquisition.
+
+An adversary that was trained together with an encoder says little about it: it may just have been beaten. These
+measures look at the finished embeddings from outside.
+"""
+
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+
+class DomainProbe(NamedTuple):
+    """How well a fresh linear probe names the domain; see `domain_probe`.
+
+    Attributes:
+        balanced_accuracy: Mean recall over domains, patients weighing the same within each.
+        low: Lower bound of the 95 % interval over patients.
+        high: Upper bound.
+        chance: What guessing scores, 1 / domains.
+    """
+
+    balanced_accuracy: float
+    low: float
+    high: float
+    chance: float
+
+
+def domain_probe(
+    embeddings: ArrayLike,
+    domains: ArrayLike,
+    groups: ArrayLike,
+    *,
+    n_folds: int = 5,
+    strength: float = 1.0,
+    n_draws: int = 2000,
+    seed: int = 0,
+) -> DomainProbe:
+    """Reads the domain from embeddings by logistic regression, on patients that the probe has not seen.
+
+    Each fold standardises and fits anew (L2 penalty, domains weighing the same); all rows are predicted out of fold.
+    The interval is a percentile bootstrap over patients with the fitted probes taken as given. Only differences between
+    encoders on the same rows are evidence: a probe may also read what differs between patients.
+
+    Args:
+        embeddings: (n, d).
+        domains: (n,) domain of each row, two or more of them.
+        groups: (n,) patient of each row.
+        n_folds: Folds over patients.
+        strength: Inverse penalty of the probe (C).
+        n_draws: Draws of the bootstrap.
+        seed: Seed of folds and bootstrap.
+
+    Returns:
+        Balanced accuracy, interval and chance.
+
+    Raises:
+        ValueError: On one domain, NaN, fewer patients than folds, or a domain that some training fold lacks.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GroupKFold
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    embeddings = _check_embeddings(embeddings, domains, groups)
+    names, domain = np.unique(np.asarray(domains), return_inverse=True)
+    _, patient = np.unique(np.asarray(groups), return_inverse=True)
+    if len(names) < 2:
+        raise ValueError(f"a probe tells domains apart, and there is one: {names.tolist()}")
+    guess = np.empty_like(domain)
+    for train, test in GroupKFold(n_folds, shuffle=True, random_state=seed).split(embeddings, groups=patient):
+        if len(np.unique(domain[train])) < len(names):
+            raise ValueError("a fold's training patients lack a domain; take fewer folds or domains with more patients")
+        probe = make_pipeline(StandardScaler(), LogisticRegression(C=strength, class_weight="balanced", max_iter=1000))
+        guess[test] = probe.fit(embeddings[train], domain[train]).predict(embeddings[test])
+
+    # Each patient's share of right guesses in each domain, and whether they were seen there at all.
+    shape = patient.max() + 1, len(names)
+    seen, right = np.zeros(shape), np.zeros(shape)
+    np.add.at(seen, (patient, domain), 1)
+    np.add.at(right, (patient, domain), guess == domain)
+    share, present = right / np.maximum(seen, 1), (seen > 0).astype(float)
+
+    def recall(times: np.ndarray) -> np.ndarray:
+        with np.errstate(invalid="ignore"):
+            return np.nanmean((times @ share) / (times @ present), axis=1)
+
+    drawn = np.random.default_rng(seed).multinomial(shape[0], np.full(shape[0], 1 / shape[0]), size=n_draws)
+    low, high = np.quantile(recall(drawn), (0.025, 0.975))
+    return DomainProbe(float(recall(np.ones((1, shape[0])))[0]), float(low), float(high), 1 / len(names))
+
+
+def class_conditional_mmd(embeddings: ArrayLike, y_true: ArrayLike, domains: ArrayLike) -> float:
+    """Squared maximum mean discrepancy between domains within each class, averaged over classes and pairs of domains.
+
+    The unbiased estimate of Gretton et al. (JMLR 13, 2012), lemma 6, with a Gaussian kernel whose bandwidth is the
+    median distance of the rows compared. Within classes, because domains with other class shares differ without any
+    fault of the encoder. 0 means no difference found; it falls below where the domains hold the same patients, whose
+    images resemble each other.
+
+    Args:
+        embeddings: (n, d).
+        y_true: (n,) class of each row.
+        domains: (n,) domain of each row.
+
+    Returns:
+        The average; NaN if no class holds two rows in each of two domains.
+    """
+    embeddings = _check_embeddings(embeddings, y_true, domains)
+    y_true, domains = np.asarray(y_true), np.asarray(domains)
+    found = []
+    for c in np.unique(y_true):
+        parts = [embeddings[(y_true == c) & (domains == d)] for d in np.unique(domains)]
+        found += [_mmd(a, b) for a, b in combinations(parts, 2) if min(len(a), len(b)) > 1]
+    return float(np.mean(found)) if found else float("nan")
+
+
+def _mmd(a: np.ndarray, b: np.ndarray) -> float:
+    rows = np.concatenate([a, b])
+    norm = (rows**2).sum(axis=1)
+    square = np.maximum(norm[:, None] + norm - 2 * rows @ rows.T, 0)
+    middle = np.median(square[np.triu_indices(len(rows), 1)])
+    kernel = np.exp(-square / (2 * middle)) if middle > 0 else np.ones_like(square)
+    np.fill_diagonal(kernel, 0)
+    m, n = len(a), len(b)
+    within = kernel[:m, :m].sum() / (m * (m - 1)) + kernel[m:, m:].sum() / (n * (n - 1))
+    return float(within - 2 * kernel[:m, m:].mean())
+
+
+def linear_cka(a: ArrayLike, b: ArrayLike) -> float:
+    """Similarity of two embeddings of the *same* rows: linear CKA with the unbiased HSIC estimate.
+
+    `HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L))` (Kornblith et al., ICML 2019) with the estimate of Song et al. (JMLR 13,
+    2012), which does not drift to 1 when dimensions outnumber rows (Davari et al. 2022 on why that matters). For
+    magnifications the rows must be the same fields.
+
+    Args:
+        a: (n, d) embeddings, n >= 4.
+        b: (n, e) embeddings of the same rows.
+
+    Returns:
+        1 for equal embeddings up to rotation and scale, about 0 for unrelated ones; NaN if one of them is constant.
+    """
+    a, b = _check_embeddings(a), _check_embeddings(b)
+    if len(a) != len(b) or len(a) < 4:
+        raise ValueError(f"CKA compares the same rows, at least 4 of them, not {len(a)} and {len(b)}")
+    grams = [x @ x.T for x in (a - a.mean(axis=0), b - b.mean(axis=0))]
+    for gram in grams:
+        np.fill_diagonal(gram, 0)
+
+    def hsic(k: np.ndarray, m: np.ndarray) -> float:
+        n = len(k)
+        ends = k.sum() * m.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * k.sum(axis=0) @ m.sum(axis=0)
+        return float((np.sum(k * m) + ends) / (n * (n - 3)))
+
+    scale = hsic(grams[0], grams[0]) * hsic(grams[1], grams[1])
+    return hsic(*grams) / np.sqrt(scale) if scale > 0 else float("nan")
+
+
+def _check_embeddings(embeddings: ArrayLike, *columns: ArrayLike) -> np.ndarray:
+    embeddings = np.asarray(embeddings, np.float64)
+    if embeddings.ndim != 2 or not np.isfinite(embeddings).all():
+        raise ValueError(f"embeddings must be finite and (rows, dimensions), not of shape {embeddings.shape}")
+    if any(np.shape(column) != embeddings.shape[:1] for column in columns):
+        raise ValueError(f"{len(embeddings)} embeddings need as many labels, domains and groups")
+    return embeddings

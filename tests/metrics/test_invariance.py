@@ -1,0 +1,91 @@
+"""Probe, discrepancy and similarity find what was put there, and nothing where nothing was put."""
+
+import numpy as np
+import pytest
+
+from magnification_invariant import metrics
+
+
+def embeddings(shift: float, seed: int = 0, n_patients: int = 30, images: int = 4):
+    """Rows of patients at three domains; each domain moves its own dimension by `shift`."""
+    rng = np.random.default_rng(seed)
+    patient = np.repeat(np.arange(n_patients), 3 * images)
+    domain = np.tile(np.repeat([0, 1, 2], images), n_patients)
+    x = rng.standard_normal((len(patient), 6)) + rng.standard_normal((n_patients, 6))[patient]
+    x[np.arange(len(x)), domain] += shift
+    return x, patient % 2, np.array([40, 100, 400])[domain], patient
+
+
+def test_a_probe_is_at_chance_on_what_holds_no_domain_and_above_it_on_what_does():
+    x, _, domain, patient = embeddings(0)
+    blind = metrics.domain_probe(x, domain, patient, n_draws=200)
+    assert blind.chance == pytest.approx(1 / 3)
+    assert blind.low < blind.chance < blind.high
+    x, _, domain, patient = embeddings(4)
+    seeing = metrics.domain_probe(x, domain, patient, n_draws=200)
+    assert seeing.low > 0.6 and seeing.low < seeing.balanced_accuracy < seeing.high
+
+
+def test_a_probe_cannot_use_who_the_patient_is():
+    # Each patient was acquired in one domain, and only patients can be told from the rows.
+    rng = np.random.default_rng(0)
+    patient = np.repeat(np.arange(60), 5)
+    x = rng.standard_normal((60, 80))[patient] * 10 + rng.standard_normal((300, 80))
+    found = metrics.domain_probe(x, patient % 2, patient, n_draws=200)
+    assert found.balanced_accuracy == pytest.approx(0.5, abs=0.2)
+
+
+def test_mmd_is_unbiased_within_classes_and_sees_a_shift():
+    rng = np.random.default_rng(0)
+    y, domain = np.arange(80) % 2, np.arange(80) // 2 % 2
+    x = [rng.standard_normal((80, 4)) + 5 * y[:, None] for _ in range(40)]
+    none = [metrics.class_conditional_mmd(rows, y, domain) for rows in x]
+    assert np.mean(none) == pytest.approx(0, abs=3 * np.std(none) / 40**0.5)
+    assert metrics.class_conditional_mmd(x[0] + 2 * domain[:, None], y, domain) > 5 * np.std(none)
+
+
+def test_mmd_does_not_take_other_class_shares_for_a_shift():
+    rng = np.random.default_rng(0)
+    y, domain = np.repeat([0, 1, 0, 1], [90, 10, 10, 90]), np.repeat([0, 1], 100)
+    x = rng.standard_normal((200, 3)) + 3 * y[:, None]
+    assert abs(metrics.class_conditional_mmd(x, y, domain)) < 0.05
+    assert metrics.class_conditional_mmd(x, np.zeros(200), domain) > 0.2
+    assert np.isnan(metrics.class_conditional_mmd(x, y, np.zeros(200)))
+
+
+def test_mmd_by_brute_force():
+    from itertools import permutations
+
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((5, 2)), rng.standard_normal((4, 2)) + 1
+    rows = np.concatenate([a, b])
+    distance = np.linalg.norm(rows[:, None] - rows, axis=2)
+    middle = np.median(distance[np.triu_indices(9, 1)] ** 2)
+    kernel = np.exp(-(distance**2) / (2 * middle))
+    within_a = np.mean([kernel[i, j] for i, j in permutations(range(5), 2)])
+    within_b = np.mean([kernel[i, j] for i, j in permutations(range(5, 9), 2)])
+    expected = within_a + within_b - 2 * kernel[:5, 5:].mean()
+    found = metrics.class_conditional_mmd(rows, np.zeros(9), np.repeat([0, 1], [5, 4]))
+    assert found == pytest.approx(expected)
+
+
+def test_cka_ignores_rotation_and_scale_and_finds_nothing_between_strangers():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((50, 8))
+    rotation = np.linalg.qr(rng.standard_normal((8, 8)))[0]
+    assert metrics.linear_cka(x, 3 * x @ rotation + 5) == pytest.approx(1)
+    strangers = [metrics.linear_cka(rng.standard_normal((30, 200)), rng.standard_normal((30, 300))) for _ in range(30)]
+    assert np.mean(strangers) == pytest.approx(0, abs=0.05)
+    assert np.isnan(metrics.linear_cka(x, np.ones((50, 2))))
+
+
+def test_bad_input_is_refused():
+    x, _, domain, patient = embeddings(0)
+    with pytest.raises(ValueError, match="there is one"):
+        metrics.domain_probe(x, np.zeros(len(x)), patient)
+    with pytest.raises(ValueError, match="finite"):
+        metrics.domain_probe(x * np.nan, domain, patient)
+    with pytest.raises(ValueError, match="as many labels"):
+        metrics.class_conditional_mmd(x, domain[1:], domain)
+    with pytest.raises(ValueError, match="same rows"):
+        metrics.linear_cka(x, x[1:])
