@@ -180,10 +180,11 @@ def fit(
     cache.to(device)
     ema = ModelEmaV3(task.model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
     players = task.players
-    if len(players) > 1 and world > 1:  # a turn leaves the other players' parameters without a gradient
+    if world > 1:
         from accelerate import DistributedDataParallelKwargs
 
-        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+        # a turn leaves the other players' parameters without a gradient
+        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=len(players) > 1)
     wrapped, *optimizers = accelerator.prepare(task, *(_optimizer(player, config) for player in players))
     base_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
 

@@ -6,6 +6,7 @@ A cell is one method trained once. Its folder holds
 - ``metrics.jsonl``: an epoch's mean losses a line;
 - ``predictions.parquet``: logits and probabilities of validation and test images after every epoch;
 - ``embeddings.safetensors``: embeddings of all parts after the last epoch, with their rows;
+- ``gan_samples.png``: of the method ``gan``, real patches beside generated ones;
 - ``results.json``: metrics, intervals and the signature; written last, so a cell that has it is finished;
 - ``model/``: the model, in the layout of its Hub repository.
 """
@@ -19,7 +20,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -32,7 +33,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from magnification_invariant import metrics
-from magnification_invariant.data.augment import CROP_PCT, cache_height, input_mpp, view_height
+from magnification_invariant.data.augment import CROP_PCT, DRAWS, cache_height, input_mpp, random_view, view_height
 from magnification_invariant.data.pixels import PixelCache
 from magnification_invariant.data.splits import Split, assert_disjoint, leave_one_magnification_out
 from magnification_invariant.engine import MEAN, STD, Diverged, FitConfig, TrainRows, fit, predict
@@ -71,7 +72,7 @@ class Cell:
         embedding: what signatures are made of, "penultimate" or "pyramid".
         mixed_precision: "no", "bf16" or "fp16".
         compile: see `engine.FitConfig`.
-        label_smoothing, coeff, coeff_schedule: handed to the methods that have them, see `tasks`.
+        label_smoothing, coeff, coeff_schedule, gan_epochs: handed to the methods that have them, see `tasks`.
     """
 
     method: str
@@ -96,6 +97,7 @@ class Cell:
     label_smoothing: float = 0.0
     coeff: float = 1.0
     coeff_schedule: str = "dann"
+    gan_epochs: int = 200
 
     @property
     def name(self) -> str:
@@ -282,6 +284,8 @@ def _run_network(cell: Cell, ds, folder: Path, split: Split, cache: PixelCache, 
         tied = _class_domain_information(columns["label"][split.train], domain)
         write_json(folder / "config.json", _config(cell, ds) | {"start": start, "class_domain_information": tied})
     rows = TrainRows(split.train, columns["label"][split.train], domain, columns["patient"][split.train])
+    prepared = _prepare(cell, ds, folder, task, rows, cache, domains, accelerator)
+    prepared_after = time.perf_counter() - started
 
     def predicted(part: str, embedding: str | None = None) -> tuple[np.ndarray, np.ndarray | None]:
         rows = getattr(split, part)
@@ -333,12 +337,47 @@ def _run_network(cell: Cell, ds, folder: Path, split: Split, cache: PixelCache, 
         "parts": evaluate(tables[-1], temperature),
         "uncalibrated": evaluate(tables[-1]),
         "signature": signature_results,
+        **prepared,
     }
     _write_model(cell, ds, folder, model, columns, split, results, signature)
-    write_json(folder / "timing.json", {"seconds": time.perf_counter() - started})
+    seconds = {"prepare_seconds": prepared_after, "seconds": time.perf_counter() - started}
+    write_json(folder / "timing.json", seconds)
     shutil.rmtree(folder / "epochs")
     (folder / "checkpoint.pt").unlink()
+    (folder / "prepare.pt").unlink(missing_ok=True)
     write_json(folder / "results.json", results)
+
+
+def _prepare(
+    cell: Cell, ds, folder: Path, task: Task, rows: TrainRows, cache: PixelCache, domains: np.ndarray, accelerator
+) -> dict:
+    """Train what the task needs before itself, leave its pictures in the folder, return its records."""
+    config, device = cell.fit_config, accelerator.device
+
+    def fit_first(other: Task, **changes) -> torch.nn.Module:
+        return fit(
+            other,
+            cache,
+            rows,
+            replace(config, **changes),
+            accelerator=accelerator,
+            checkpoint=folder / "prepare.pt",
+            description=f"{cell.name}, {type(other).__name__}",
+        )
+
+    def view(index: np.ndarray, size: int) -> tuple[torch.Tensor, np.ndarray]:
+        draws = torch.rand(len(index), DRAWS, generator=torch.Generator().manual_seed(cell.seed)).to(device)
+        images = cache.take(torch.from_numpy(index), device)
+        return (
+            random_view(images, draws, size, zoom=config.zoom, stain=config.stain),
+            input_mpp(cache.mpp[index], cache.height, size),
+        )
+
+    record, pictures = task.prepare(rows, fit_first, view, ds.features["label"].names, [f"{d}X" for d in domains])
+    if accelerator.is_main_process:
+        for name, picture in pictures.items():
+            picture.save(folder / name)
+    return record
 
 
 def _class_domain_information(label: np.ndarray, domain: np.ndarray) -> float:
@@ -468,7 +507,8 @@ def _write_model(cell, ds, folder, model, columns, split, results, signature) ->
         folder / "model", model, name=name, label_names=labels, data_config=data_config, about=about, text=text
     )
     if signature is not None:
-        about = {"class_names": labels, "embedding": cell.embedding, "source": name, "mpp_range": about["mpp_range"]}
-        SignatureProjector.from_signature(signature, **about).save_pretrained(target)
+        known = {"class_names": labels, "embedding": cell.embedding, "source": name, "mpp_range": about["mpp_range"]}
+        known["stability"] = {k: v for k, v in results["signature"].items() if k != "test"}
+        SignatureProjector.from_signature(signature, **known).save_pretrained(target)
     shutil.copy(folder / "predictions.parquet", target)
     write_json(target / "results.json", results)

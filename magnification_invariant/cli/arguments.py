@@ -28,11 +28,17 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--split-seed", type=int, default=0, help="deals patients to groups; default: %(default)s")
     add("--threads", type=_positive, default=max(1, os.cpu_count() or 1), help="CPU threads; default: %(default)s")
     add("--embedding", choices=("penultimate", "pyramid"), default="penultimate", help="what signatures are made of")
+    add("--mixed-precision", choices=("no", "bf16", "fp16"), default="no", help="default: %(default)s")
+    add("--compile", action="store_true", help="torch.compile; pays on a GPU, not on a CPU")
+    add("--label-smoothing", type=float, default=0.0, help="default: %(default)s")
+    add("--coeff", type=float, default=1.0, help="largest coefficient of the gradient reversal; default: %(default)s")
+    add("--coeff-schedule", choices=("dann", "constant", "linear", "adaptive"), default="dann", help="default: dann")
     add(
         "--pretrained-backbone",
         metavar="WEIGHTS",
         help="start from a .safetensors file, model folder or Hub repository",
     )
+    add("--gan-epochs", type=_positive, default=200, help="of the DCGAN of the method gan; default: %(default)s")
     add("--allow-seen-init", action="store_true", help="accept a start that saw the test; marked in every table")
     add("--output-dir", type=Path, default=Path("runs"), help="one folder a cell is made in it; default: %(default)s")
 
@@ -41,7 +47,7 @@ def cell_arguments(args: argparse.Namespace) -> dict:
     """The arguments of `lomo.Cell` that are the same for a whole grid."""
     shared = ("model", "recipe", "zoom", "epochs", "batch_size", "learning_rate", "n_folds", "split_seed", "threads")
     shared += ("embedding", "pretrained_backbone", "allow_seen_init", "mixed_precision", "compile")
-    shared += ("label_smoothing", "coeff", "coeff_schedule")
+    shared += ("label_smoothing", "coeff", "coeff_schedule", "gan_epochs")
     size = args.image_size or (64 if args.data == VIRTUAL else 224)
     return {name: getattr(args, name) for name in shared} | {"image_size": size}
 

@@ -60,6 +60,8 @@ def _row(method: str, held_out: int, cells: list, part: str) -> dict:
             )
         if config.get("start", {}).get("saw_test"):
             marks.add("the start had seen the test")
+        if results.get("gan", {}).get("collapsed"):
+            marks.add("the generator failed its collapse check")
         model = folder / "model" / "config.json"
         if config["arguments"]["zoom"] and model.exists():
             low, high = json.loads(model.read_text())["mpp_range"]

@@ -4,11 +4,12 @@ from importlib import import_module
 
 from magnification_invariant.tasks.dann import DANN
 from magnification_invariant.tasks.erm import ERM
+from magnification_invariant.tasks.gan import DCGAN, DegradedERM, MagGAN
 from magnification_invariant.tasks.task import Player, Task
 
-TASKS: dict[str, type[Task]] = {"erm": ERM, "dann": DANN}
+TASKS: dict[str, type[Task]] = {"erm": ERM, "dann": DANN, "gan": MagGAN, "degraded": DegradedERM}
 
-__all__ = ["DANN", "ERM", "TASKS", "Player", "Task", "get_task"]
+__all__ = ["DANN", "DCGAN", "ERM", "TASKS", "DegradedERM", "MagGAN", "Player", "Task", "get_task"]
 
 
 def get_task(name: str) -> type[Task]:

@@ -1,6 +1,6 @@
 """What a method is: a model and a loss."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import timm
@@ -54,6 +54,25 @@ class Task(nn.Module):
     @property
     def players(self) -> list[Player]:
         return [Player("model", [list(self.model.parameters())])]
+
+    def prepare(
+        self, rows, fit: Callable, view: Callable, class_names: list[str], domain_names: list[str]
+    ) -> tuple[dict, dict]:
+        """What must be trained before this task can be; nothing by default. Called on every process, also on resume.
+
+        Args:
+            rows: the training rows, an `engine.TrainRows`.
+            fit: ``fit(task, **changes)`` trains another task on the same rows, with `changes` to the run's
+                `engine.FitConfig`, and returns the model that predicts. It has a checkpoint of its own.
+            view: ``view(index, size)`` gives images (n, 3, size, size) in [0, 1] of rows of the cache, augmented as in
+                training, on the device, and their um/px (n,) before zoom.
+            class_names: by class.
+            domain_names: by training domain.
+
+        Returns:
+            What belongs into the records, and pictures (`PIL.Image.Image`) by file name.
+        """
+        return {}, {}
 
     def forward(
         self, input: torch.Tensor, target: torch.Tensor, domain: torch.Tensor, progress: torch.Tensor, player: int = 0
