@@ -1,23 +1,30 @@
-"""Images decoded once: a uint8 array on disk that training reads instead of files."""
+"""Images decoded once: a uint8 array on disk that training reads instead of files.
+
+A cache is a folder of two arrays: ``pixels.npy`` (n, 3, height, width), and ``rows.npy`` (n, 2) with a row's checksum
+and the short side in pixels of the image it was made from. A checksum that does not fit means that the row is still to
+be decoded, be it that the build was cut or that the disk lost it: going on and repairing are one thing.
+"""
 
 import hashlib
-import json
 import logging
 import os
 import shutil
+import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
 from filelock import FileLock
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
+
+from magnification_invariant.data.images import Encoded, EncodedImages, name_of, open_image, shown_size, to_rgb
 
 _logger = logging.getLogger(__name__)
 
-VERSION = 1  # raise it when the pixels that a source gives would change
+VERSION = 2  # raise it when the pixels that a source gives would change
 
 
 def cache_root() -> Path:
@@ -30,13 +37,14 @@ class PixelCache:
 
     The aspect ratio is kept: images are scaled (Pillow's anti-aliased bilinear, the filter of timm's eval transform)
     and then centre-cropped to the one size they all share. An image is never enlarged: `height` is lowered to the
-    smallest short side of the table.
+    smallest short side of the table. All cores decode; a build that was cut goes on where it stopped; every row is held
+    against its checksum when the cache is opened, and decoded again if it does not fit.
 
     Args:
         ds: a `datasets.Dataset` with an image column and, where the scale is known, `mpp_column`
             (micrometres per pixel of the stored image).
         height: wanted short side in pixels; see `height_for`.
-        folder: where caches lie; by default under `cache_root()`. The same table and height are built once,
+        folder: where caches lie; by default under `cache_root()`. The same images and height are built once,
             also by processes that start together.
 
     Attributes:
@@ -51,52 +59,64 @@ class PixelCache:
     def __init__(self, ds, height: int, *, image_column: str = "image", mpp_column: str = "mpp", folder=None):
         if len(ds) == 0:
             raise ValueError("the table has no rows: there is nothing to cache")
-        if image_column not in ds.column_names:
-            raise ValueError(f"no column {image_column!r} in the table; it has {', '.join(ds.column_names)}")
-        sources = _sources(ds, image_column)
+        images = EncodedImages(ds, image_column)
         native_mpp = np.asarray(ds[mpp_column], float) if mpp_column in ds.column_names else np.full(len(ds), np.nan)
-        key = _fingerprint(sources, height)
-        self.folder = Path(folder or cache_root() / "pixels") / key
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{self.folder}.lock"):
-            if not (self.folder / "pixels.npy").exists():
-                self._build(sources, height)
-        sizes = json.loads((self.folder / "meta.json").read_text())
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow and zlib give up the interpreter lock
+            key = _fingerprint(images, height, pool)
+            self.folder = Path(folder or cache_root() / "pixels") / key
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            if not self._is_whole(pool):
+                with FileLock(f"{self.folder}.lock"):
+                    if not self._is_whole(pool):  # nobody else was faster
+                        self._build(images, height, pool)
         self.pixels = torch.from_numpy(np.load(self.folder / "pixels.npy", mmap_mode="c"))
         self.height, self.width = self.pixels.shape[2:]
-        self.mpp = native_mpp * np.asarray(sizes["short_side"]) / self.height
+        self.mpp = native_mpp * np.load(self.folder / "rows.npy")[:, 1] / self.height
 
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def _build(self, sources: list, height: int) -> None:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow gives up the interpreter lock while it decodes
-            sizes = np.array(list(pool.map(_size, sources)))
-            short = sizes.min(1)
-            height = int(min(height, short.min()))
-            scaled = sizes * height // short[:, None]  # rounded down, as torchvision's Resize does
-            width, rows = scaled.min(0)
-            shape = (len(sources), 3, int(rows), int(width))
-            need, free = int(np.prod(shape)), shutil.disk_usage(self.folder.parent).free
-            if need > free:
-                raise OSError(
-                    f"the pixel cache needs {need / 1e9:.1f} GB in {self.folder.parent}, where {free / 1e9:.1f} GB are "
-                    "free; make room, choose a smaller image size, or set MAGDG_CACHE to another disk"
-                )
-            unfinished = self.folder.with_suffix(".tmp")
+    def _is_whole(self, pool: ThreadPoolExecutor) -> bool:
+        if not self.folder.exists():
+            return False
+        try:
+            damaged = _damaged_rows(*_open(self.folder), pool)
+        except (OSError, ValueError, EOFError) as error:
+            damaged = error
+        if damaged:
+            what = f"{len(damaged)} rows" if isinstance(damaged, list) else f"it cannot be opened: {damaged}"
+            warnings.warn(f"the pixel cache {self.folder} is damaged ({what}); decoding again", stacklevel=4)
+        return not damaged
+
+    def _build(self, images: EncodedImages, height: int, pool: ThreadPoolExecutor) -> None:
+        sizes = np.array(list(pool.map(lambda i: _size(images[i]), range(len(images)))))
+        short = sizes.min(1)
+        height = int(min(height, short.min()))
+        scaled = sizes * height // short[:, None]  # rounded down, as torchvision's Resize does
+        width, lines = scaled.min(0)
+        shape = (len(images), 3, int(lines), int(width))
+        unfinished = self.folder.with_suffix(".tmp")
+        if self.folder.exists():  # damaged: what is whole of it is kept
             shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir()
-            array = np.lib.format.open_memmap(unfinished / "pixels.npy", mode="w+", dtype=np.uint8, shape=shape)
+            self.folder.rename(unfinished)
+        pixels, rows = _open_or_create(unfinished, shape)
+        todo = _damaged_rows(pixels, rows, pool)
 
-            def fill(i: int) -> None:
-                array[i] = _decode(sources[i], tuple(scaled[i]), shape[2:])
+        def fill(i: int) -> None:
+            pixels[i] = row = _decode(images[i], tuple(sizes[i]), tuple(scaled[i]), shape[2:])
+            rows[i] = _checksum(row, short[i]), short[i]
 
-            description = f"decoding {len(sources)} images to {width}x{rows} ({need / 1e6:.0f} MB)"
-            jobs = pool.map(fill, range(len(sources)))
-            for _ in tqdm(jobs, total=len(sources), desc=description, unit="image", disable=None):
+        description = f"decoding {len(todo)} images to {width}x{lines} ({pixels.nbytes / 1e6:.0f} MB)"
+        _logger.info("%s of %d, in %s", description, len(images), self.folder)
+        try:
+            jobs = pool.map(fill, todo)
+            for _ in tqdm(jobs, total=len(todo), desc=description, unit="image", disable=None):
                 pass
-        array.flush()
-        (unfinished / "meta.json").write_text(json.dumps({"short_side": short.tolist()}))
+        except ValueError:  # once the image is repaired, the cache has another name
+            shutil.rmtree(unfinished)
+            raise
+        pixels.flush()
+        rows.flush()
         unfinished.rename(self.folder)
 
     def to(self, device) -> "PixelCache":
@@ -125,46 +145,81 @@ class PixelCache:
         return batch.to(device, non_blocking=True)
 
 
-def _sources(ds, image_column: str) -> list[tuple[str | None, bytes | None]]:
-    """(path, bytes) of every image, undecoded."""
-    from datasets import Image as ImageFeature
-
-    column = ds.select_columns([image_column]).cast_column(image_column, ImageFeature(decode=False))
-    return [(image["path"], image["bytes"]) for image in column[image_column]]
+def _open(folder: Path, mode: str = "r") -> tuple[np.ndarray, np.ndarray]:
+    return np.load(folder / "pixels.npy", mmap_mode=mode), np.load(folder / "rows.npy", mmap_mode=mode)
 
 
-def _fingerprint(sources: list, height: int) -> str:
+def _open_or_create(folder: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """The arrays of a build that was cut, or empty ones for which the disk has room.
+
+    Raises:
+        OSError: there is no room.
+    """
+    try:
+        pixels, rows = _open(folder, "r+")
+        if (pixels.shape, pixels.dtype, rows.shape, rows.dtype) == (shape, np.uint8, (shape[0], 2), np.int64):
+            return pixels, rows
+    except (OSError, ValueError, EOFError):
+        pass
+    shutil.rmtree(folder, ignore_errors=True)
+    need, free = int(np.prod(shape)), shutil.disk_usage(folder.parent).free
+    if need > free:
+        raise OSError(
+            f"the pixel cache needs {need / 1e9:.1f} GB in {folder.parent}, where {free / 1e9:.1f} GB are free; make "
+            "room, choose a smaller image size, or set MAGDG_CACHE to another disk"
+        )
+    folder.mkdir()
+    pixels = np.lib.format.open_memmap(folder / "pixels.npy", mode="w+", dtype=np.uint8, shape=shape)
+    if hasattr(os, "posix_fallocate"):  # or else a disk that others fill would kill the process, without a message
+        with open(folder / "pixels.npy", "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+    return pixels, np.lib.format.open_memmap(folder / "rows.npy", mode="w+", dtype=np.int64, shape=(shape[0], 2))
+
+
+def _checksum(row: np.ndarray, short_side: int) -> int:
+    return zlib.crc32(np.ascontiguousarray(row), int(short_side) & 0xFFFFFFFF) + 1  # 0 is a row not yet decoded
+
+
+def _damaged_rows(pixels: np.ndarray, rows: np.ndarray, pool: ThreadPoolExecutor) -> list[int]:
+    def is_damaged(i: int) -> bool:
+        return rows[i, 0] == 0 or rows[i, 0] != _checksum(pixels[i], rows[i, 1])
+
+    return [i for i, damaged in enumerate(pool.map(is_damaged, range(len(rows)))) if damaged]
+
+
+def _fingerprint(images: EncodedImages, height: int, pool: ThreadPoolExecutor) -> str:
     """Changes with the files (path, size, time of change), embedded bytes, the height and this module's VERSION."""
+
+    def state(i: int) -> bytes:
+        path, content = images[i]
+        if content is not None:
+            return hashlib.sha256(content).digest()
+        stat = os.stat(path)
+        return f"{path} {stat.st_size} {stat.st_mtime_ns}".encode()
+
     digest = hashlib.sha256(f"{VERSION} {height}".encode())
-    for path, content in sources:
-        if content is None:
-            stat = os.stat(path)
-            digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}".encode())
-        else:
-            digest.update(hashlib.sha256(content).digest())
+    for each in pool.map(state, range(len(images))):
+        digest.update(each)
     return digest.hexdigest()[:24]
 
 
-def _open(source: tuple[str | None, bytes | None]) -> Image.Image:
-    path, content = source
-    return Image.open(path if content is None else BytesIO(content))
-
-
-def _size(source: tuple[str | None, bytes | None]) -> tuple[int, int]:
+def _size(encoded: Encoded) -> tuple[int, int]:
     try:
-        with _open(source) as image:
-            turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations that swap the sides
-            return image.size[::-1] if turned else image.size
+        with open_image(encoded) as image:
+            return shown_size(image)
     except Exception as error:
-        raise ValueError(f"cannot read the image {source[0] or '(embedded)'}: {error}") from error
+        raise ValueError(f"cannot read the image {name_of(encoded)}: {error}") from error
 
 
-def _decode(source: tuple[str | None, bytes | None], size: tuple[int, int], crop: tuple[int, int]) -> np.ndarray:
+def _decode(encoded: Encoded, size: tuple[int, int], scaled: tuple[int, int], crop: tuple[int, int]) -> np.ndarray:
     try:
-        with _open(source) as image:
-            image = ImageOps.exif_transpose(image).convert("RGB")
-            image = image.resize(size, Image.Resampling.BILINEAR)
+        with open_image(encoded) as image:
+            image = to_rgb(image)
+            if image.size != size:
+                raise ValueError("its EXIF data, behind the pixels, turn it; store it turned")
+            image = image.resize(scaled, Image.Resampling.BILINEAR)
     except Exception as error:
-        raise ValueError(f"cannot decode the image {source[0] or '(embedded)'}: {error}") from error
+        raise ValueError(f"cannot decode the image {name_of(encoded)}: {error}") from error
     top, left = (image.height - crop[0]) // 2, (image.width - crop[1]) // 2
-    return np.asarray(image)[top : top + crop[0], left : left + crop[1]].transpose(2, 0, 1)
+    pixels = np.asarray(image)[top : top + crop[0], left : left + crop[1]]
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections import Counter
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -76,10 +77,7 @@ class Split:
                 f"A split is stored by its patients, but {differing} are not all rows of theirs at the domains they "
                 f"belong to (held out: {self.held_out!r}). Make it with leave_one_domain_out on the same table."
             )
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps({**about, "patients": patients}, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        _write_json(path, {**about, "patients": patients})
 
     @classmethod
     def from_json(cls, path: str | os.PathLike, ds) -> Split:
@@ -110,6 +108,162 @@ class Split:
         split = _of_patients(ds, patients, **about)
         assert_disjoint(split, ds)
         return split
+
+
+@dataclass(frozen=True, eq=False)
+class Folds:
+    """Who trains, validates and tests in each fold, whatever domain is held out: what a split file holds.
+
+    Attributes:
+        folds: for each fold the groups (patients) of "train", "val" and "test".
+        split_seed: Seed of the deal.
+        note: What readers of results must know of these folds; said whenever they are read.
+    """
+
+    folds: list[dict[str, list]]
+    split_seed: int = 0
+    label_column: str = "label"
+    domain_column: str = "magnification"
+    group_column: str = "patient"
+    note: str = ""
+
+    def split(self, ds, held_out: int | str, fold: int = 0) -> Split:
+        """The rows of `ds` for one held-out domain and fold.
+
+        The table may lack some of the groups: it may be a part of the data that the folds were dealt for.
+
+        Raises:
+            ValueError: The domain, the fold or a group of the table is unknown, or a part would lack a class.
+        """
+        if not 0 <= fold < len(self.folds):
+            raise ValueError(f"fold is {fold}; with n_folds={len(self.folds)} it runs from 0 to {len(self.folds) - 1}.")
+        split = _of_patients(
+            ds,
+            self.folds[fold],
+            held_out=held_out,
+            fold=fold,
+            n_folds=len(self.folds),
+            split_seed=self.split_seed,
+            label_column=self.label_column,
+            domain_column=self.domain_column,
+            group_column=self.group_column,
+        )
+        labels = _column(ds, self.label_column)
+        for part in PARTS:
+            lacking = sorted(set(labels) - {labels[i] for i in getattr(split, part)})
+            if lacking:
+                raise ValueError(
+                    f"{part} of fold {fold} with {self.domain_column} {held_out!r} held out has no image of "
+                    f"{self.label_column} {lacking}: its patients have none at the domains it takes. Lower n_folds, "
+                    "take another split_seed, or leave out domains that few patients have."
+                )
+        assert_disjoint(split, ds)
+        return split
+
+    def to_json(self, path: str | os.PathLike) -> None:
+        """Writes a split file, at once or not at all."""
+        _write_json(path, {"kind": "folds", **vars(self)})
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike) -> Folds:
+        """Reads a split file.
+
+        Raises:
+            ValueError: It is none, or has a group in more than one part of a fold.
+        """
+        try:
+            about = json.loads(Path(path).read_text(encoding="utf-8"))
+            if about.pop("kind") != "folds":
+                raise KeyError("kind")
+            folds = cls(**about)
+            stored = [[group for part in ("train", "val", "test") for group in fold[part]] for fold in folds.folds]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not a split file that `magdg split` wrote ({error!r}).") from error
+        twice = {group for groups in stored for group, n in Counter(groups).items() if n > 1}
+        if twice:
+            raise ValueError(f"{path} has groups in more than one part of a fold: {_some(twice)}.")
+        if folds.note:
+            warnings.warn(folds.note, stacklevel=2)
+        return folds
+
+
+def deal_folds(
+    ds,
+    *,
+    n_folds: int = 5,
+    split_seed: int = 0,
+    label_column: str = "label",
+    domain_column: str = "magnification",
+    group_column: str = "patient",
+) -> Folds:
+    """Deals patients into groups; group `fold` is tested, the next one validates, the rest trains.
+
+    Each group has as many patients as any other, of each class too, give or take one. Arguments and errors are those
+    of `leave_one_domain_out`.
+    """
+    if n_folds < 3:
+        raise ValueError(f"n_folds is {n_folds}; training, validation and test need at least 3 groups of patients.")
+    labels, domains, groups = (_column(ds, name) for name in (label_column, domain_column, group_column))
+    if len(set(domains)) == 1:
+        raise ValueError(f"Every row has {domain_column} {domains[0]!r}; holding it out leaves nothing to train on.")
+    classes = _classes(groups, labels)
+    counts = Counter(label for has in classes.values() for label in has)
+    if len(counts) == 1:
+        raise ValueError(f"Every row has {label_column} {labels[0]!r}; a classifier needs two classes.")
+    if min(counts.values()) < n_folds:
+        raise ValueError(
+            f"Every one of {n_folds} groups of patients needs one of each class, but there are only "
+            f"{', '.join(f'{n} of {label_column} {label!r}' for label, n in sorted(counts.items()))}. "
+            "Lower n_folds (3 at least) or add patients."
+        )
+    deal, folds = _shuffled(classes, split_seed), []
+    for fold in range(n_folds):
+        patients = {"train": [], "val": [], "test": []}
+        for i, patient in enumerate(deal):
+            patients[{fold: "test", (fold + 1) % n_folds: "val"}.get(i % n_folds, "train")].append(patient)
+        folds.append(patients)
+    return Folds(folds, split_seed, label_column, domain_column, group_column)
+
+
+def official_folds(ds, *, split_seed: int = 0) -> Folds:
+    """The five folds that were published with BreaKHis, to compare with papers that used them; warns of them.
+
+    Fold i here is fold i + 1 there. They know training and test only: a fifth of the training patients validates.
+
+    Args:
+        ds: A table of `load_breakhis`.
+        split_seed: Seed of the choice of the patients who validate.
+
+    Raises:
+        ValueError: The table has a slide that was not published, or has the duplicate slide twice.
+    """
+    from magnification_invariant.data.breakhis import SUBTYPES
+    from magnification_invariant.data.published import OFFICIAL_FOLDS, slides
+
+    columns = [_column(ds, name) for name in ("subtype", "slide", "patient", "label")]
+    rows = set(zip(*columns, strict=True))
+    tested = {(SUBTYPES[slide.code[2:]], slide.slide): slide.tested for slide in slides()}
+    unknown = {slide for subtype, slide, _, _ in rows if (subtype, slide) not in tested}
+    if unknown:
+        raise ValueError(f"{len(unknown)} slides are not BreaKHis's, so no official fold has them: {_some(unknown)}.")
+    twice = [slide for slide, n in Counter(slide for _, slide, _, _ in rows).items() if n > 1]
+    if twice:
+        raise ValueError(f"Slide {_some(twice)} is there twice; load with drop_duplicate_slide=True.")
+    folds = []
+    for number in OFFICIAL_FOLDS:
+        train = [row for row in rows if number not in tested[row[:2]]]
+        deal = _shuffled(_classes([row[2] for row in train], [row[3] for row in train]), split_seed)
+        part_of = {patient: "val" if i % len(OFFICIAL_FOLDS) == 0 else "train" for i, patient in enumerate(deal)}
+        groups = {"train": [], "val": [], "test": []}
+        for subtype, slide, patient, _ in sorted(rows):
+            groups["test" if number in tested[subtype, slide] else part_of[patient]].append(slide)
+        folds.append(groups)
+    note = (
+        "The official folds of BreaKHis are repeated hold-outs, not a partition, and each has sections of 6 to 8 "
+        "biopsies both in training and in test, so results are too good. Use them only to compare with papers that did."
+    )
+    warnings.warn(note, stacklevel=2)
+    return Folds(folds, split_seed, group_column="slide", note=note)
 
 
 def leave_one_domain_out(
@@ -145,54 +299,8 @@ def leave_one_domain_out(
         ValueError: A column is missing or has gaps, the domain is unknown or the only one, `fold` or `n_folds` is out
             of range, there are fewer patients of a class than groups, or a part would lack a class.
     """
-    if n_folds < 3:
-        raise ValueError(f"n_folds is {n_folds}; training, validation and test need at least 3 groups of patients.")
-    if not 0 <= fold < n_folds:
-        raise ValueError(f"fold is {fold}; with n_folds={n_folds} it runs from 0 to {n_folds - 1}.")
-    labels, domains, groups = (_column(ds, name) for name in (label_column, domain_column, group_column))
-    if len(set(domains)) == 1:
-        raise ValueError(f"Every row has {domain_column} {domains[0]!r}; holding it out leaves nothing to train on.")
-
-    classes: dict = {}
-    for patient, label in zip(groups, labels, strict=True):
-        classes.setdefault(patient, set()).add(label)
-    counts = Counter(label for has in classes.values() for label in has)
-    if len(counts) == 1:
-        raise ValueError(f"Every row has {label_column} {labels[0]!r}; a classifier needs two classes.")
-    if min(counts.values()) < n_folds:
-        raise ValueError(
-            f"Every one of {n_folds} groups of patients needs one of each class, but there are only "
-            f"{', '.join(f'{n} of {label_column} {label!r}' for label, n in sorted(counts.items()))}. "
-            "Lower n_folds (3 at least) or add patients."
-        )
-    # Dealing on where the last class ended keeps the groups' sizes equal, and each class spread evenly.
-    deal = sorted(classes, key=lambda patient: (sorted(classes[patient]), _shuffle_key(split_seed, patient)))
-    patients = {"train": [], "val": [], "test": []}
-    for i, patient in enumerate(deal):
-        part = {fold: "test", (fold + 1) % n_folds: "val"}.get(i % n_folds, "train")
-        patients[part].append(patient)
-
-    split = _of_patients(
-        ds,
-        patients,
-        held_out=held_out,
-        fold=fold,
-        n_folds=n_folds,
-        split_seed=split_seed,
-        label_column=label_column,
-        domain_column=domain_column,
-        group_column=group_column,
-    )
-    for part in PARTS:
-        lacking = sorted(set(labels) - {labels[i] for i in getattr(split, part)})
-        if lacking:
-            raise ValueError(
-                f"{part} of fold {fold} with {domain_column} {held_out!r} held out has no image of {label_column} "
-                f"{lacking}: its patients have none at the domains it takes. Lower n_folds, take another split_seed, "
-                "or leave out domains that few patients have."
-            )
-    assert_disjoint(split, ds)
-    return split
+    columns = {"label_column": label_column, "domain_column": domain_column, "group_column": group_column}
+    return deal_folds(ds, n_folds=n_folds, split_seed=split_seed, **columns).split(ds, held_out, fold)
 
 
 def leave_one_magnification_out(ds, held_out: int, *, n_folds: int = 5, fold: int = 0, split_seed: int = 0) -> Split:
@@ -245,6 +353,12 @@ def _of_patients(ds, patients: dict[str, list], *, held_out, **about) -> Split:
     if held_out not in known:
         raise ValueError(f"No row has {about['domain_column']} {held_out!r}; the table has {known}.")
     held_out = known[known.index(held_out)]  # the table's type: what NumPy scalar the caller had, JSON cannot write
+    unknown = set(groups) - part_of.keys()
+    if unknown:
+        raise ValueError(
+            f"{len(unknown)} of the table's {about['group_column']} values are not in the split ({_some(unknown)}): it "
+            "was made for other data. Make a new one."
+        )
     rows: dict[str, list[int]] = {part: [] for part in PARTS}
     for i, (domain, patient) in enumerate(zip(domains, groups, strict=True)):
         part, unseen = part_of[patient], domain == held_out
@@ -272,8 +386,32 @@ def _column(ds, name: str) -> list:
     return values
 
 
-def _shuffle_key(split_seed: int, patient) -> str:
-    return hashlib.sha256(f"{split_seed}:{patient}".encode()).hexdigest()
+def _classes(groups: list, labels: list) -> dict:
+    """The classes that each patient has."""
+    classes: dict = {}
+    for patient, label in zip(groups, labels, strict=True):
+        classes.setdefault(patient, set()).add(label)
+    return classes
+
+
+def _shuffled(classes: dict, split_seed: int) -> list:
+    """Patients, class by class, in an order that follows from their ids and the seed alone.
+
+    Dealing on where the last class ended keeps the groups' sizes equal, and each class spread evenly.
+    """
+
+    def key(patient) -> tuple:
+        return sorted(classes[patient]), hashlib.sha256(f"{split_seed}:{patient}".encode()).hexdigest()
+
+    return sorted(classes, key=key)
+
+
+def _write_json(path: str | os.PathLike, content: dict) -> None:
+    """Whole or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def _distinct(values: list, rows: np.ndarray) -> list:

@@ -1,0 +1,164 @@
+"""Scale as physics: images resampled to another number of micrometres per pixel, and where that number is written.
+
+One kernel both ways: Lanczos with a support of 3 pixels, of the coarser of the two grids. So downsampling averages
+over what one new pixel covers (no aliasing), and upsampling interpolates; it adds no detail.
+"""
+
+import io
+import re
+from pathlib import PurePath
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from magnification_invariant.data.images import to_rgb
+
+if TYPE_CHECKING:
+    import datasets
+
+_TIFF_X, _TIFF_Y, _TIFF_UNIT, _TIFF_DESCRIPTION = 282, 283, 296, 270
+_MICROMETRES = {2: 25_400.0, 3: 10_000.0}  # of TIFF's resolution units, inch and centimetre
+_OME_UNITS = {"nm": 1e-3, "µm": 1.0, "μm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4}
+_PLAUSIBLE = (0.01, 20.0)  # micrometres per pixel of a microscope; 72 dpi, which editors write, is 353
+
+
+def rescale(image_or_ds, mpp: float, *, native_mpp: float | None = None, image_column: str = "image"):
+    """Resamples an image, or every image of a table, to `mpp` micrometres per pixel.
+
+    The new pixels are exactly `mpp` wide; what is left of the field beyond a whole number of them is cut off, half at
+    either side.
+
+    Args:
+        image_or_ds: A PIL image, of which `native_mpp` says the scale, or a table with a column `mpp`.
+        mpp: The new scale.
+        native_mpp: Of the image, micrometres per pixel.
+        image_column: Of the table.
+
+    Returns:
+        The image as RGB; or the table, with new images (PNG), `mpp`, and `rescaled` true where an image was resampled.
+
+    Raises:
+        ValueError: A scale is not known, or so coarse that no pixel of the image is left.
+    """
+    if isinstance(image_or_ds, Image.Image):
+        return _resample(image_or_ds, native_mpp, mpp)
+    _need_mpp(image_or_ds)
+    arguments = {"column": image_column, "mpp": float(mpp), "size": None}
+    return _mapped(image_or_ds, arguments)
+
+
+def digital_zoom(ds, magnifications: tuple[int, ...], *, image_column: str = "image"):
+    """Makes other magnifications from images of one: every image once at each, resampled, with the same pixels.
+
+    A microscope's camera keeps its number of pixels while the field shrinks with the magnification. So all images
+    get the size in pixels that the whole field has at the lowest magnification made (at most their own), and show
+    the middle of the field. Magnifications above the given one are upsampled: larger, but no sharper.
+
+    Args:
+        ds: A table with columns `mpp`, `magnification` (one value) and `filename`.
+        magnifications: To make, (40, 100, 200, 400) for example.
+        image_column: Of the table.
+
+    Returns:
+        A table with a row an image and magnification: `magnification`, `mpp` and `image` made anew, `filename` marked
+        by "@40X", and `rescaled` true unless the magnification is the given one. Call results on it "rescaled".
+
+    Raises:
+        ValueError: A column is missing, or the table has several magnifications.
+    """
+    import datasets
+
+    _need_mpp(ds)
+    given = sorted(set(ds["magnification"]))
+    if len(given) != 1:
+        raise ValueError(f"Digital zoom starts from one magnification, the table has {given}: take one with select.")
+    shrink = min(1.0, min(magnifications) / given[0])
+    parts = []
+    for magnification in magnifications:
+        arguments = {"column": image_column, "zoom": magnification / given[0], "size": shrink}
+        arguments |= {"magnification": int(magnification)}
+        parts.append(_mapped(ds, arguments))
+    return datasets.concatenate_datasets(parts)
+
+
+def _need_mpp(ds) -> None:
+    missing = "mpp" not in ds.column_names
+    unknown = [] if missing else [i for i, mpp in enumerate(ds["mpp"]) if mpp is None or not mpp > 0]
+    if missing or unknown:
+        what = "no column 'mpp'" if missing else f"no scale in {len(unknown)} rows (first: {unknown[0]})"
+        raise ValueError(f"The table has {what}: without micrometres per pixel an image cannot be rescaled.")
+
+
+def _mapped(ds, arguments: dict) -> "datasets.Dataset":
+    import datasets
+
+    features = datasets.Features(dict(ds.features) | {"rescaled": datasets.Value("bool")})
+    return ds.map(_rescaled_row, fn_kwargs=arguments, features=features, desc="resampling")
+
+
+def _rescaled_row(row: dict, column: str, size: float | None, mpp=None, zoom=None, magnification=None) -> dict:
+    target = mpp if mpp is not None else row["mpp"] / zoom
+    image = to_rgb(row[column])
+    box = size and (max(1, int(image.width * size + 1e-6)), max(1, int(image.height * size + 1e-6)))
+    changed = not np.isclose(target, row["mpp"])
+    image = _resample(image, row["mpp"], target, box)
+    new = {column: _png(image), "mpp": target, "rescaled": bool(changed or row.get("rescaled"))}
+    if magnification is not None:
+        name = PurePath(row["filename"])
+        new |= {"magnification": magnification, "filename": f"{name.stem}@{magnification}X{name.suffix}"}
+    return new
+
+
+def _resample(image: Image.Image, native: float | None, mpp: float, size: tuple[int, int] | None = None) -> Image.Image:
+    """The middle of `image` at `mpp`: `size` pixels, by default all that the field holds."""
+    if not (native and native > 0 and mpp > 0):
+        raise ValueError(f"Scales are positive micrometres per pixel, not {native!r} to {mpp!r}; pass native_mpp.")
+    image = to_rgb(image)
+    step = mpp / native  # old pixels a new one covers
+    width, height = size or (int(image.width / step + 1e-6), int(image.height / step + 1e-6))
+    if not width or not height:
+        raise ValueError(f"An image of {image.width} x {image.height} pixels has no whole one at {mpp} um/px.")
+    left, top = (image.width - width * step) / 2, (image.height - height * step) / 2
+    box = (max(0.0, left), max(0.0, top), min(image.width, left + width * step), min(image.height, top + height * step))
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+
+
+def _png(image: Image.Image) -> dict:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return {"path": None, "bytes": buffer.getvalue()}
+
+
+def read_mpp(path) -> float | None:
+    """Micrometres per pixel as an image file states it, or None if it does not, or says what no microscope has.
+
+    In this order: OME-XML (PhysicalSizeX and Y), the description of Aperio scanners (MPP), TIFF's resolution. Of
+    pixels that are not square the geometric mean.
+
+    Raises:
+        OSError: The file cannot be read as an image.
+    """
+    with Image.open(path) as image:
+        tags = getattr(image, "tag_v2", {})
+        description = str(tags.get(_TIFF_DESCRIPTION, ""))
+        unit = _MICROMETRES.get(tags.get(_TIFF_UNIT, 2))
+        resolution = [float(tags.get(tag, 0) or 0) for tag in (_TIFF_X, _TIFF_Y)]
+    ome = [_ome_size(description, axis) for axis in "XY"]
+    aperio = re.search(r"\bMPP\s*=\s*([\d.]+)", description)
+    if all(ome):
+        found = (ome[0] * ome[1]) ** 0.5
+    elif aperio:
+        found = float(aperio[1])
+    elif unit and all(resolution):
+        found = unit / (resolution[0] * resolution[1]) ** 0.5
+    else:
+        return None
+    return found if _PLAUSIBLE[0] <= found <= _PLAUSIBLE[1] else None
+
+
+def _ome_size(xml: str, axis: str) -> float | None:
+    size = re.search(rf'PhysicalSize{axis}="([\d.eE+-]+)"', xml)
+    unit = re.search(rf'PhysicalSize{axis}Unit="([^"]+)"', xml)
+    factor = _OME_UNITS.get(unit[1] if unit else "µm")
+    return float(size[1]) * factor if size and factor else None
