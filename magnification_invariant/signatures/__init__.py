@@ -5,6 +5,9 @@ from importlib import import_module
 _PUBLIC = {
     "l1_logistic_path": "solver",
     "SparseSignature": "sparse_signature",
+    "SignatureProjector": "projector",
+    "refit_stability": "refits",
+    "refit_supports": "refits",
 }
 
 __all__ = [*_PUBLIC]

@@ -122,7 +122,7 @@ def l1_logistic_path(
         gradient = X.T @ (weight * (rate - y))
         largest = np.abs(gradient).max()
         if lambdas is None:
-            if not largest > 0:
+            if not largest > 1e-12 * np.abs(X).max():
                 raise ValueError("no feature varies with y at all, so there is no path; are the features constant?")
             lambdas = largest * np.geomspace(1, ratio, n_lambdas)
         lambdas = np.asarray(lambdas, np.float64)
@@ -169,8 +169,10 @@ def _solve(X, y, weight, penalty, coef, intercept, eta, tol, max_iter):
             total = curvature.sum()
             scaled = np.sqrt(curvature)[:, None] * X
             cross = X.T @ curvature
-            hessian = scaled.T @ scaled - np.outer(cross, cross / total)
-            hessian[np.diag_indices_from(hessian)] += 1e-9 * max(np.trace(hessian) / max(len(hessian), 1), 1e-12)
+            hessian = scaled.T @ scaled
+            ridge = 1e-9 * np.trace(hessian) / max(len(hessian), 1) + 1e-300
+            hessian -= np.outer(cross, cross / total)
+            hessian[np.diag_indices_from(hessian)] += ridge  # positive definite also for copies of a column
         before = violation
         if len(coef):
             target = hessian @ coef - gradient + cross * (slope / total)

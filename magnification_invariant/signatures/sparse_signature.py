@@ -2,25 +2,14 @@
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import expit, log_expit, logsumexp
+from scipy.special import log_expit, logsumexp
 from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 from threadpoolctl import threadpool_limits
 
+from magnification_invariant.signatures.projector import probabilities
 from magnification_invariant.signatures.solver import l1_logistic_path
-
-
-def probabilities(scores: np.ndarray) -> np.ndarray:
-    """Turns decision scores (n, K) into class probabilities.
-
-    One column is the log-odds of the second of two classes; several are one-vs-rest scores, whose probabilities are
-    scaled to sum to 1.
-    """
-    if scores.shape[1] == 1:
-        return np.hstack([expit(-scores), expit(scores)])
-    log = log_expit(scores)
-    return np.exp(log - logsumexp(log, axis=1, keepdims=True))
 
 
 class SparseSignature(ClassifierMixin, TransformerMixin, BaseEstimator):
@@ -120,7 +109,7 @@ class SparseSignature(ClassifierMixin, TransformerMixin, BaseEstimator):
             scaled = self._scale(X)
             share = np.eye(len(self.classes_))[codes] - np.bincount(codes) / len(codes)
             largest = float(np.abs(scaled.T @ share).max()) / len(codes)
-            if not largest > 0:
+            if not largest > 1e-12:
                 raise ValueError("no dimension differs between the classes, so there is no path of penalties")
             end, length = self.ratio, self.n_lambdas
             if self.lambda_fraction is not None:  # as many warm starts on the way as the default path would take

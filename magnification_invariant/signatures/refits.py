@@ -1,0 +1,104 @@
+"""How far a signature survives other training data, on one backbone."""
+
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+from sklearn.base import clone
+
+from magnification_invariant.metrics import chance_jaccard, jaccard, nogueira
+from magnification_invariant.signatures.sparse_signature import SparseSignature
+
+
+def refit_supports(
+    signature: SparseSignature,
+    X: ArrayLike,
+    y: ArrayLike,
+    domains: ArrayLike | None = None,
+    groups: ArrayLike | None = None,
+    *,
+    n_subsamples: int = 0,
+    seed: int = 0,
+) -> np.ndarray:
+    """Refits a signature on parts of its data, at the same fraction of the first penalty.
+
+    All refits see the same embedding, so that an index means the same dimension in each.
+
+    Args:
+        signature: The fitted signature.
+        X: (n, d) embeddings.
+        y: (n,) labels.
+        domains: (n,) domain of each row. Without subsamples, each refit leaves one domain out.
+        groups: (n,) patient of each row, for subsamples.
+        n_subsamples: Refits on halves of the patients instead, dealt within their class; each half is followed by
+            its complement (Shah and Samworth, JRSS B 75, 2013).
+        seed: Seed of the halves.
+
+    Returns:
+        (refits, d) booleans, which dimensions each refit chose.
+    """
+    X, y = np.asarray(X), np.asarray(y)
+    if n_subsamples:
+        if groups is None:
+            raise ValueError("subsamples are drawn by patient: pass groups")
+        parts = _halves(y, np.asarray(groups), n_subsamples, seed)
+    elif domains is None:
+        raise ValueError("pass domains to leave out, or a number of subsamples")
+    else:
+        domains = np.asarray(domains)
+        parts = [domains != left_out for left_out in np.unique(domains)]
+        if len(parts) < 2:
+            raise ValueError(f"leaving out the only domain, {domains[0]!r}, leaves nothing to fit")
+    refit = clone(signature).set_params(lambda_fraction=signature.lambda_fraction_)
+    supports = np.zeros((len(parts), X.shape[1]), bool)
+    for support, part in zip(supports, parts, strict=True):
+        support[refit.fit(X[part], y[part]).signature_] = True
+    return supports
+
+
+def refit_stability(
+    signature: SparseSignature,
+    X: ArrayLike,
+    y: ArrayLike,
+    domains: ArrayLike | None = None,
+    groups: ArrayLike | None = None,
+    *,
+    n_subsamples: int = 0,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Measures how far the refits of `refit_supports` agree, over live dimensions; arguments as there.
+
+    Returns:
+        refits: How the parts were made; sizes: of each refit's signature; jaccard: mean over pairs, with
+        jaccard_pairs and chance_jaccard, what random sets of these sizes score; nogueira and nogueira_interval. The
+        interval speaks of the resampling of this cohort alone, and of nothing with a handful of refits.
+    """
+    supports = refit_supports(signature, X, y, domains, groups, n_subsamples=n_subsamples, seed=seed)
+    supports = supports[:, signature.live_]
+    sizes = supports.sum(axis=1).tolist()
+    pairs = list(combinations(range(len(supports)), 2))
+    found = [jaccard(supports[i], supports[j]) for i, j in pairs]
+    phi = nogueira(supports)
+    return {
+        "refits": f"{n_subsamples} halves of the patients" if n_subsamples else "each training domain left out once",
+        "sizes": sizes,
+        "jaccard": float(np.mean(found)),
+        "jaccard_pairs": found if not n_subsamples else None,
+        "chance_jaccard": float(np.mean([chance_jaccard(sizes[i], sizes[j], signature.n_live_) for i, j in pairs])),
+        "nogueira": phi.value,
+        "nogueira_interval": [phi.low, phi.high],
+    }
+
+
+def _halves(y: np.ndarray, groups: np.ndarray, n_subsamples: int, seed: int) -> list[np.ndarray]:
+    """Row masks of halves of the patients, each followed by its complement; classes are halved one by one."""
+    _, first, patient = np.unique(groups, return_index=True, return_inverse=True)
+    rng, parts = np.random.default_rng(seed), []
+    while len(parts) < n_subsamples:
+        half = np.zeros(len(first), bool)
+        for c in np.unique(y):
+            of_class = rng.permutation(np.flatnonzero(y[first] == c))
+            half[of_class[: len(of_class) // 2]] = True
+        parts += [half[patient], ~half[patient]]
+    return parts[:n_subsamples]
