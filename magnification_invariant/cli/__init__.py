@@ -4,9 +4,9 @@ import argparse
 import sys
 
 from magnification_invariant._version import __version__
-from magnification_invariant.cli import demo, lomo
+from magnification_invariant.cli import demo, lomo, prepare, split
 
-COMMANDS = {"demo": demo, "lomo": lomo}
+COMMANDS = {"demo": demo, "prepare": prepare, "split": split, "lomo": lomo}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5,14 +5,19 @@ import os
 from pathlib import Path
 
 VIRTUAL = "virtual"
+_SOURCES = "BreaKHis: its folder, archive (.tar.gz, .zip), the archive's URL, Parquet, or a Hub dataset repository"
 
 
 def add_data_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         default=VIRTUAL,
-        help="a folder at or above BreaKHis_v1, or 'virtual' for procedural slides that need no download (default)",
+        help=f"{_SOURCES}; or 'virtual' for procedural slides that need no download (default)",
     )
+
+
+def add_source_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", metavar="DATA", help=_SOURCES)
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:

@@ -319,15 +319,6 @@ def _finished(raw: datasets.Dataset, source, on_error: str, drop_duplicate_slide
             raise ValueError(f"{report}\nRepair or remove them; on_error='skip' leaves them out if others remain.")
         warnings.warn(f"{report}\nThey are skipped; the first {len(problems[:5])} are shown.", stacklevel=3)
 
-    ductal = [i for i in rows if is_ductal_copy(about["slide"][i], about["subtype"][i])]
-    if drop_duplicate_slide and any(about["slide"][i] == DUPLICATE_SLIDE for i in set(rows) - set(ductal)):
-        rows = [i for i in rows if i not in set(ductal)]
-        _logger.info(
-            "Slide %s is filed as ductal and as lobular carcinoma: dropped %d images of the ductal copy, kept %d.",
-            DUPLICATE_SLIDE,
-            len(ductal),
-            len(rows),
-        )
     stretched = [about["filename"][i] for i in rows if about.get("stretched") and about["stretched"][i]]
     if stretched:
         warnings.warn(
@@ -336,7 +327,23 @@ def _finished(raw: datasets.Dataset, source, on_error: str, drop_duplicate_slide
             "resized, it is wrong: use the original images.",
             stacklevel=3,
         )
-    return raw.select_columns(list(COLUMNS)).select(rows)
+    ds = raw.select_columns(list(COLUMNS)).select(rows)
+    return without_duplicate_slide(ds) if drop_duplicate_slide else ds
+
+
+def without_duplicate_slide(ds: datasets.Dataset) -> datasets.Dataset:
+    """The table without the ductal copy of slide 14-13412, if it has the lobular one."""
+    filed = list(zip(ds["slide"], ds["subtype"], strict=True))
+    kept = [i for i, where in enumerate(filed) if not is_ductal_copy(*where)]
+    if not any(slide == DUPLICATE_SLIDE and not is_ductal_copy(slide, subtype) for slide, subtype in filed):
+        return ds
+    _logger.info(
+        "Slide %s is filed as ductal and as lobular carcinoma: dropped %d images of the ductal copy, kept %d.",
+        DUPLICATE_SLIDE,
+        len(ds) - len(kept),
+        len(kept),
+    )
+    return ds.select(kept)
 
 
 def _finished_stream(raw: datasets.IterableDataset, on_error: str, drop_duplicate_slide: bool):
