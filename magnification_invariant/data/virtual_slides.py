@@ -77,6 +77,13 @@ class Patient:
         looseness: 0 dense collagen, 1 loose stroma with white gaps.
         stain: Optical densities of unit haematoxylin and unit eosin, 2 x (R, G, B).
         chromatin: Mean haematoxylin of a nucleus.
+        vesicular: How much paler a nucleus is in the middle than at its rim.
+        grain: Contrast of the chromatin's grain.
+        cytoplasm: Haematoxylin and eosin of epithelial cytoplasm.
+        collagen: Haematoxylin and eosin of stroma.
+        secretion: Eosin in lumina and clefts.
+        membrane: How dark the basement membrane of a gland is.
+        core: Mean share of a unit's area inside the border between epithelium and white.
     """
 
     number: int
@@ -99,6 +106,13 @@ class Patient:
     looseness: float
     stain: tuple[tuple[float, float, float], tuple[float, float, float]]
     chromatin: float
+    vesicular: float
+    grain: float
+    cytoplasm: tuple[float, float]
+    collagen: tuple[float, float]
+    secretion: float
+    membrane: float
+    core: float
 
     @property
     def id(self) -> str:
@@ -121,13 +135,13 @@ def virtual_patient(number: int) -> Patient:
     sign = 2 * label - 1
     # Grade and architecture go with the class, not in step and with overlap: some benign tissue is atypical or
     # solid, some carcinomas are bland or form glands.
-    atypia = _sigmoid(1.9 * sign + 1.0 * rng.standard_normal())
-    solid = _sigmoid(1.9 * sign + 1.0 * rng.standard_normal())
+    atypia = _sigmoid(2.2 * sign + rng.standard_t(3))
+    solid = _sigmoid(2.2 * sign + rng.standard_t(3))
     subtypes = list(MALIGNANT if label else BENIGN)
     jitter = rng.normal(0, 0.05, (2, 3))
     stain = np.array([[0.70, 0.68, 0.30], [0.10, 0.85, 0.32]]) * np.exp(jitter)
     stain *= np.exp(rng.normal(0, 0.12, (2, 1)))
-    diameter = 5.2 * math.exp(0.10 * rng.standard_normal())
+    diameter = 5.2 * math.exp(0.16 * rng.standard_normal())
     return Patient(
         number=number,
         label=label,
@@ -138,17 +152,24 @@ def virtual_patient(number: int) -> Patient:
         irregularity=0.02 + 0.11 * atypia,
         polarity=1 - atypia,
         nucleoli=0.05 + 0.65 * atypia,
-        mitoses=0.03 * atypia,
+        mitoses=atypia,
         diameter=diameter,
-        spacing=diameter * 1.16 * math.exp(0.05 * rng.standard_normal()),
-        pitch=54 * math.exp(0.10 * rng.standard_normal()),
-        epithelium=rng.uniform(0.6, 0.9),
-        fat=rng.uniform(0.0, 0.5),
+        spacing=diameter * 1.25 * math.exp(0.09 * rng.standard_normal()),
+        pitch=56 * math.exp(0.22 * rng.standard_normal()),
+        epithelium=rng.uniform(0.5, 0.9),
+        fat=rng.uniform(0.0, 0.7),
         inflammation=rng.gamma(1.0, 3.0),
         fibre_angle=rng.uniform(0, math.pi),
         looseness=rng.uniform(0.1, 0.9),
         stain=tuple(tuple(float(v) for v in row) for row in stain),
         chromatin=0.62 * math.exp(0.10 * rng.standard_normal()),
+        vesicular=rng.uniform(0.1, 0.7),
+        grain=rng.uniform(0.3, 1.1),
+        cytoplasm=(0.12 * math.exp(0.3 * rng.standard_normal()), 0.30 * math.exp(0.25 * rng.standard_normal())),
+        collagen=(0.07 * math.exp(0.3 * rng.standard_normal()), 0.43 * math.exp(0.2 * rng.standard_normal())),
+        secretion=rng.uniform(0, 0.12),
+        membrane=rng.uniform(0.0, 1.0),
+        core=rng.uniform(0.44, 0.56),
     )
 
 
@@ -160,7 +181,7 @@ class _Site:
     """What one site of the tissue holds: regions painted in order and cells, in micrometres."""
 
     centre: np.ndarray  # (2,)
-    radius: float  # of the epithelial unit, 0 without one
+    edge: float  # radius of the border between core and shell of its epithelial unit, 0 without one
     regions: list  # (polygon (n, 2), (haematoxylin, eosin, fibre weight, chromatin weight))
     epithelial: np.ndarray  # (n, 10) nuclei, see _nuclei
     stromal: np.ndarray  # (n, 10)
@@ -168,7 +189,8 @@ class _Site:
 
 _ANGLES = np.arange(48) * (2 * np.pi / 48)
 _WHITE = (0.0, 0.0, 0.0, 0.0)
-_CYTOPLASM = (0.12, 0.30, 0.0, 0.35)
+DARK = 0.03
+BM, CROWD, MARGIN, SCROWD = 0.25, 0.14, 0.4, 0.03
 
 
 def _outline(rng, centre, radius, wobble, stretch=1.0, angle=0.0):
@@ -182,21 +204,11 @@ def _outline(rng, centre, radius, wobble, stretch=1.0, angle=0.0):
     return np.stack([centre[0] + c * x - s * y, centre[1] + s * x + c * y], axis=1)
 
 
-def _inside(points, polygon, centre):
-    """Which of `points` (n, 2) lie in a star-shaped outline made by `_outline` around `centre`."""
-    d, o = points - centre, polygon - centre
-    order = np.argsort(np.arctan2(o[:, 1], o[:, 0]))
-    angle = np.arctan2(o[:, 1], o[:, 0])[order]
-    limit = np.interp(np.arctan2(d[:, 1], d[:, 0]), angle, np.hypot(*o.T)[order], period=2 * np.pi)
-    return np.hypot(*d.T) < limit
-
-
-def _nuclei(rng, patient, points, direction, *, atypical=True):
+def _nuclei(rng, patient, points, direction):
     """Rows (x, y, half length, half width, angle, irregularity, phase, haematoxylin, vesicular, nucleolus)."""
     n = len(points)
-    q = patient.atypia if atypical else 0.0
     size = np.exp(rng.normal(0, patient.size_cv, n) - patient.size_cv**2)  # keeps the mean area, not the diameter
-    aspect = np.exp(0.22 + rng.normal(0, 0.08 + 0.12 * q, n))
+    aspect = np.exp(0.22 + rng.normal(0, 0.12, n))
     turn = rng.uniform(-np.pi / 2, np.pi / 2, n) * np.where(rng.random(n) < patient.polarity, 0.12, 1.0)
     half = patient.diameter / 2 * size
     out = np.empty((n, 10))
@@ -205,28 +217,42 @@ def _nuclei(rng, patient, points, direction, *, atypical=True):
     out[:, 4] = direction + turn
     out[:, 5] = patient.irregularity * rng.uniform(0.4, 1.6, n)
     out[:, 6] = rng.uniform(0, 2 * np.pi, n)
-    out[:, 7] = patient.chromatin * np.exp(rng.normal(0, 0.08 + 0.14 * q, n))
-    out[:, 8] = np.clip(rng.normal(0.15 + 0.5 * q, 0.15, n), 0, 0.8)
+    out[:, 7] = patient.chromatin * np.exp(rng.normal(0, 0.12, n))
+    out[:, 8] = np.clip(rng.normal(patient.vesicular, 0.15, n), 0, 0.8)
     out[:, 9] = rng.random(n) < patient.nucleoli
-    mitosis = rng.random(n) < patient.mitoses
-    out[mitosis, 2] *= 1.1
-    out[mitosis, 3] *= 0.45
+    # As many dark bodies in every tissue: plates of mitosis where the grade is high, round apoptotic ones elsewhere.
+    dark = rng.random(n) < DARK
+    mitosis = dark & (rng.random(n) < patient.mitoses)
+    out[dark, 2:4] = 0.36 * patient.diameter
+    out[dark, 5] = 0.04
+    out[dark, 7:] = (1.0, 0.0, 0.0)
+    out[mitosis, 2:4] *= (1.6, 1 / 1.6)
     out[mitosis, 5] = 0.25
-    out[mitosis, 7:] = (1.0, 0.0, 0.0)
     return out
 
 
-def _ring(rng, polygon, centre, share, spacing, polarity):
-    """Points along a scaled outline with their outward directions: a row of cells on a basement membrane."""
-    o = (polygon - centre) * share
-    step = np.hypot(*np.diff(np.vstack([o, o[:1]]), axis=0).T)
-    length = np.concatenate([[0], np.cumsum(step)])
-    n = max(int(length[-1] / spacing), 3)
-    at = (np.arange(n) + rng.uniform(0, 1) + rng.normal(0, 0.08 + 0.3 * (1 - polarity), n)) / n % 1 * length[-1]
+def _rows(rng, outline, centre, inner, cell_area, polarity):
+    """Cells in rows parallel to an outline, between it and `inner` x itself: points (n, 2) and outward directions.
+
+    Their number is the area over `cell_area` whether the room is a ring (`inner` > 0) or a disc (0).
+    """
+    o = outline - centre
+    radius = np.sqrt(np.mean((o**2).sum(1)))
+    n_rows = max(round(radius * (1 - inner) / math.sqrt(cell_area)), 1)
+    shares = 1 - (np.arange(n_rows) + 0.5) / n_rows * (1 - inner)
+    n = np.pi * radius**2 * (1 - inner**2) / cell_area * shares / shares.sum()
+    n = np.maximum(np.floor(n + rng.random(n_rows)).astype(int), 1)
     closed = np.vstack([o, o[:1]])
+    length = np.concatenate([[0], np.cumsum(np.hypot(*np.diff(closed, axis=0).T))])
+    disorder = 0.12 + 0.22 * (1 - polarity)
+    at = np.concatenate([(np.arange(m) + rng.uniform()) / m for m in n])
+    at = (at + rng.normal(0, disorder, len(at)) / np.repeat(n, n)) % 1 * length[-1]
     p = np.stack([np.interp(at, length, closed[:, 0]), np.interp(at, length, closed[:, 1])], axis=1)
     outward = np.arctan2(p[:, 1], p[:, 0])
-    p *= 1 + rng.normal(0, 0.02 + 0.08 * (1 - polarity), (n, 1))
+    step = (1 - inner) / n_rows
+    share = np.repeat(shares, n) + rng.normal(0, 0.8 * disorder * step, len(at))
+    margin = min(MARGIN * math.sqrt(cell_area) / radius, 0.45 * (1 - inner))
+    p *= np.clip(share, inner + (margin if inner else 0), 1 - margin)[:, None]
     return p + centre, outward
 
 
@@ -237,7 +263,7 @@ def _site(number: int, i: int, j: int) -> _Site:
     rng = np.random.default_rng([103, number, i, j])
     pitch = patient.pitch
     centre = np.array([(i + 0.5 * (j % 2) + rng.uniform(-0.13, 0.13)) * pitch, (j + rng.uniform(-0.13, 0.13)) * pitch])
-    regions, epithelial, radius = [], np.empty((0, 10)), 0.0
+    regions, epithelial, edge = [], np.empty((0, 10)), 0.0
     # Stroma first; epithelium is painted over what it covers.
     n_fibroblasts, n_lymphocytes = rng.poisson(6 * (pitch / 50) ** 2), rng.poisson(patient.inflammation)
     at = centre + rng.uniform(-0.5, 0.5, (n_fibroblasts, 2)) * pitch
@@ -258,48 +284,33 @@ def _site(number: int, i: int, j: int) -> _Site:
             cell = c + rng.normal(0, 1.5, 2)
             regions.append((_outline(rng, cell, 1.7, 0.03), (0.0, 0.95, 0.0, 0.0)))
     if rng.random() < patient.epithelium:
-        radius = pitch * rng.uniform(0.38, 0.50)
-        hollow = rng.uniform(0.38, 0.62)  # lumen radius / unit radius, or what the cleft takes from a nest
-        stretch, angle = math.exp(abs(rng.normal(0, 0.25))), rng.uniform(0, np.pi)
+        # A unit is a core and a shell. In a gland the core is lumen and the shell epithelium; in a solid nest the core
+        # is epithelium and the shell a retraction space. Core and shell have the same area on average, so pictures of
+        # both have the same composition, and with stroma half way between white and epithelium the same spectrum.
         solid = rng.random() < patient.solid
-        if not solid:
-            wall = _outline(rng, centre, radius, 0.05, stretch, angle)
-            regions.append((wall, _CYTOPLASM))
-            regions.append((centre + (wall - centre) * hollow, _WHITE))
-            depth = radius * (1 - hollow)
-            points, direction = [], []
-            rows = max(round((depth - 2.5) / (patient.spacing * 1.15)), 1)
-            for row in range(rows):
-                share = 1 - (0.9 + (row + 0.42) * patient.spacing * 1.15) / radius
-                p, d = _ring(rng, wall, centre, share, patient.spacing, patient.polarity)
-                points.append(p)
-                direction.append(d)
-            epithelial = _nuclei(rng, patient, np.concatenate(points), np.concatenate(direction))
-            p, d = _ring(rng, wall, centre, 1 - 0.5 / radius, 2.6 * patient.spacing, patient.polarity)
-            basal = _nuclei(rng, patient, p, d + np.pi / 2, atypical=False)  # flat myoepithelial cells
-            basal[:, 2:4] *= (1.0, 0.45)
-            epithelial = np.concatenate([epithelial, basal])
+        radius = pitch * rng.uniform(0.36, 0.49)
+        share = math.sqrt(patient.core + rng.uniform(-0.07, 0.07))
+        shape = math.exp(abs(rng.normal(0, 0.2))), rng.uniform(0, np.pi)
+        shell = _outline(rng, centre, radius, 0.04, *shape)
+        core = _outline(rng, centre, radius * share, 0.04, *shape)
+        cytoplasm, space = (*patient.cytoplasm, 0.0, 0.35), (0.0, patient.secretion, 0.0, 0.0)
+        if solid:
+            regions += [(shell, space), (core, cytoplasm)]
         else:
-            # The same epithelial area without the lumen; the lumen's white becomes a one-sided retraction cleft.
-            space = _outline(rng, centre, radius, 0.07, stretch, angle)
-            full = math.sqrt(1 - hollow**2)
-            shift = rng.uniform(0, 2 * np.pi)
-            nest_centre = centre + radius * (1 - full) * 0.95 * np.array([math.cos(shift), math.sin(shift)])
-            nest = _outline(rng, nest_centre, radius * full, 0.12, stretch, angle)
-            regions.append((space, _WHITE))
-            regions.append((nest, _CYTOPLASM))
-            s = patient.spacing * 1.08
-            m = math.ceil(1.6 * radius / s) + 1
-            gx, gy = np.meshgrid(np.arange(-m, m + 1), np.arange(-m, m + 1))
-            grid = np.stack([(gx + 0.5 * (gy % 2)).ravel() * s, gy.ravel() * s * 0.866], axis=1)
-            grid = grid + rng.normal(0, (0.10 + 0.22 * patient.atypia) * s, grid.shape) + nest_centre
-            grid = grid[_inside(grid, nest_centre + (nest - nest_centre) * 0.93, nest_centre)]
-            epithelial = _nuclei(rng, patient, grid, rng.uniform(0, np.pi) + np.zeros(len(grid)))
+            dark = patient.membrane * np.array([0.2, 0.5])
+            membrane = (*(np.array(patient.cytoplasm) + dark), 0.0, 0.0)
+            within = centre + (shell - centre) * (1 - BM / radius)
+            regions += [(shell, membrane), (within, cytoplasm), (core, space)]
+        cell_area = 0.866 * patient.spacing**2 / (1 + CROWD * patient.atypia + SCROWD * solid)
+        rows = (core, centre, 0.0) if solid else (shell, centre, share)
+        points, outward = _rows(rng, *rows, cell_area, patient.polarity)
+        epithelial = _nuclei(rng, patient, points, outward)
+        edge = radius * share
     elif rng.random() < patient.fat:
         bubble = _outline(rng, centre, pitch * rng.uniform(0.38, 0.5), 0.04, math.exp(rng.normal(0, 0.15)), angle=1.0)
         regions.append((bubble, (0.04, 0.5, 0.0, 0.0)))
         regions.append((centre + (bubble - centre) * 0.97, _WHITE))
-    return _Site(centre, radius, regions, epithelial, stromal)
+    return _Site(centre, edge, regions, epithelial, stromal)
 
 
 # ------------------------------------------------------------------------------------------------------------- noise
@@ -449,7 +460,7 @@ def render_field(
     fibres = np.arctan2(-slope[1], slope[0])
     # 2. Materials on a canvas of twice the size: haematoxylin, eosin, fibre weight, chromatin weight.
     scale = over / mpp
-    canvas = Image.new("CMYK", (w * over, h * over), _ink(0.06, 0.40, 1.0, 0.0))
+    canvas = Image.new("CMYK", (w * over, h * over), _ink(*p.collagen, 1.0, 0.0))
     draw = ImageDraw.Draw(canvas)
     margin = 0.75 * p.pitch
     rows = range(max(math.floor((y0 - margin) / p.pitch), 0), math.ceil((y0 + h * mpp + margin) / p.pitch) + 1)
@@ -476,10 +487,14 @@ def render_field(
                 middle = row[:2] - (x0, y0)
                 inner = (outline - middle * scale) * 0.79 + middle * scale
                 draw.polygon(inner.ravel().tolist(), _ink(ink * (1 - 0.55 * pale), 0.25, 0, 0.6 + 0.4 * pale))
-            if detail and row[9]:
-                r = 0.17 * row[3] + 0.35
-                c = row[:2] + 0.3 * row[3] * np.array([math.cos(row[6]), math.sin(row[6])]) - (x0, y0)
-                draw.ellipse([*((c - r) * scale), *((c + r) * scale)], _ink(min(ink * 1.35, 1), 0.45, 0, 0))
+            if detail and epithelial and pale > 0:
+                # One nucleolus or three chromocentres of the same area.
+                bodies = (0,) if row[9] else (0, 2.1, 4.2)
+                r = (0.17 * row[3] + 0.35) / math.sqrt(len(bodies))
+                for turn in bodies:
+                    away = (0.25 if row[9] else 0.5) * row[3]
+                    c = row[:2] + away * np.array([math.cos(row[6] + turn), math.sin(row[6] + turn)]) - (x0, y0)
+                    draw.ellipse([*((c - r) * scale), *((c + r) * scale)], _ink(ink * 1.35, 0.4, 0, 0))
 
     draw_nuclei(np.concatenate([s.stromal for s in sites]), epithelial=False)
     for site in sites:
@@ -501,9 +516,9 @@ def render_field(
     for octave, period in enumerate((0.5, 1.1)):
         if period > 2 * mpp:
             grain += _noise(key + 3 + octave, period, x0, y0, mpp, size) - np.float32(0.5)
-    haematoxylin = material[..., 0] * (1 + material[..., 3] * grain * (0.45 + 0.9 * p.atypia))
+    haematoxylin = material[..., 0] * (1 + material[..., 3] * grain * p.grain)
     # 4. Beer-Lambert, light, lens, sensor.
-    stain = np.array(p.stain, np.float32) * np.array([[optics.haematoxylin * 1.55], [optics.eosin * 0.80]], np.float32)
+    stain = np.array(p.stain, np.float32) * np.array([[optics.haematoxylin * 1.55], [optics.eosin * 0.62]], np.float32)
     light = np.array(optics.gain, np.float32) * 255
     image = np.empty((h, w, 3), np.float32)
     for c in range(3):
@@ -533,23 +548,25 @@ def virtual_field(
     rng = np.random.default_rng([301, seed, patient, anchor, k])
     while True:
         site = _site(patient, *(int(v) for v in rng.integers(10, N_SITES - 10, 2)))
-        if site.radius:
+        if site.edge:
             break
-    centre = site.centre + _offset(rng, site)
+    centre = site.centre + _offset(rng, site, anchor)
     if nested and magnification != 40:
         rng = np.random.default_rng([302, seed, patient, magnification, k])
         span = np.array([700, 460]) / 2
         room = span * (native_mpp(40) - native_mpp(magnification))
         i, j = (centre / p.pitch).astype(int)
         near = [_site(patient, a, b) for a in range(i - 5, i + 5) for b in range(j - 4, j + 5)]
-        near = [s for s in near if s.radius and (abs(s.centre - centre) < room).all()] or [site]
+        near = [s for s in near if s.edge and (abs(s.centre - centre) < room).all()] or [site]
         site = near[int(rng.integers(len(near)))]
-        centre = np.clip(site.centre + _offset(rng, site), centre - room, centre + room)
+        centre = np.clip(site.centre + _offset(rng, site, magnification), centre - room, centre + room)
     return float(centre[0]), float(centre[1])
 
 
-def _offset(rng, site):
-    angle, r = rng.uniform(0, 2 * np.pi), site.radius * math.sqrt(rng.uniform(0.1, 1.0))
+def _offset(rng, site, magnification):
+    # Around the border of core and shell, so far out that glands and nests show equal shares of white and epithelium.
+    angle = rng.uniform(0, 2 * np.pi)
+    r = site.edge + rng.normal(2.7 if magnification == 400 else 9, 4)
     return r * np.array([math.cos(angle), math.sin(angle)])
 
 
