@@ -17,6 +17,8 @@ from magnification_invariant.tasks.task import Player, Task
 ADAM = {"lr": 2e-4, "betas": (0.5, 0.999), "weight_decay": 0.0}
 FIT = {"batch_size": 128, "schedule": "constant", "warmup": 0.0, "clip_norm": 0.0, "ema_decay": 0.0}
 
+# See `examine`. k equally likely patches have a diversity of 1 - 1/k. On virtual slides at 64 px, real patches of other
+# patients reach 0.9 to 1.05 at a colour shift under 0.25; a generator deaf to its noise 0.2 to 0.5, pixel noise 0.4.
 MIN_DIVERSITY = 0.5
 MAX_COLOUR_SHIFT = 1.0
 
@@ -174,7 +176,7 @@ def examine(
       (root mean square over the channels); large when the generator has diverged.
 
     The generator has collapsed if, in any class and domain, the diversity is under `MIN_DIVERSITY` or the colour shift
-    over `MAX_COLOUR_SHIFT`.
+    over `MAX_COLOUR_SHIFT`. A class and domain of one image has no diversity; where none has, the check is not passed.
 
     Args:
         generator: in eval mode.
