@@ -271,10 +271,17 @@ def _save_checkpoint(path: Path, task, ema, optimizers, epochs_done: int) -> Non
         "epochs_done": epochs_done,
     }
     unfinished = path.with_name(path.name + ".tmp")
-    with open(unfinished, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(unfinished, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as either
+        unfinished.unlink(missing_ok=True)
+        raise OSError(
+            f"cannot write the checkpoint {path} ({error}); the one of the epoch before is kept: make room and start "
+            "the same command again"
+        ) from error
     unfinished.replace(path)
 
 
