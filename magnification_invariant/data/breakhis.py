@@ -284,8 +284,9 @@ def _read_table(source, kind: str, *, streaming: bool, num_proc: int | None):
     if not isinstance(ds.features.get("image"), datasets.Image):
         raise ValueError(f"{source} has no column 'image' of images, only {', '.join(ds.column_names)}.")
     ds = ds.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
-    more = {} if streaming else {"num_proc": num_proc}
-    return ds.map(_raw_row_of_image, features=raw_features(), **more)
+    if streaming:
+        return ds.map(_raw_row_of_image).cast(raw_features())  # with features=... images would not be decoded
+    return ds.map(_raw_row_of_image, features=raw_features(), num_proc=num_proc)
 
 
 def _raw_row_of_image(row: dict) -> dict:
@@ -335,7 +336,8 @@ def without_duplicate_slide(ds: datasets.Dataset) -> datasets.Dataset:
     """The table without the ductal copy of slide 14-13412, if it has the lobular one."""
     filed = list(zip(ds["slide"], ds["subtype"], strict=True))
     kept = [i for i, where in enumerate(filed) if not is_ductal_copy(*where)]
-    if not any(slide == DUPLICATE_SLIDE and not is_ductal_copy(slide, subtype) for slide, subtype in filed):
+    lobular = any(slide == DUPLICATE_SLIDE and not is_ductal_copy(slide, subtype) for slide, subtype in filed)
+    if not lobular or len(kept) == len(ds):
         return ds
     _logger.info(
         "Slide %s is filed as ductal and as lobular carcinoma: dropped %d images of the ductal copy, kept %d.",
