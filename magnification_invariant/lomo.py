@@ -184,6 +184,8 @@ def _work(worker: int, cells: list[Cell], ds, output: Path, accelerator, say: Ca
                 if not is_finished(folder, cell, ds):
                     run_cell(cell, ds, folder, accelerator=accelerator)
                     say(f"{which}: done")
+                    if accelerator is not None:
+                        accelerator.free_memory()  # it would keep every model of the grid
         except Timeout:
             continue  # somebody else is at it
         except Diverged as error:
@@ -342,9 +344,9 @@ def _run_network(cell: Cell, ds, folder: Path, split: Split, cache: PixelCache, 
     _write_model(cell, ds, folder, model, columns, split, results, signature)
     seconds = {"prepare_seconds": prepared_after, "seconds": time.perf_counter() - started}
     write_json(folder / "timing.json", seconds)
+    for name in ("prepare.pt", "checkpoint.pt"):  # before the epochs: a checkpoint without them could not go on
+        (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / "epochs")
-    (folder / "checkpoint.pt").unlink()
-    (folder / "prepare.pt").unlink(missing_ok=True)
     write_json(folder / "results.json", results)
 
 

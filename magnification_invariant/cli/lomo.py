@@ -8,7 +8,11 @@ HELP = "train and test methods on a magnification they never saw"
 def add_arguments(parser) -> None:
     add_data_argument(parser)
     parser.add_argument(
-        "--methods", nargs="+", default=["erm", "dann"], metavar="METHOD", help="erm, dann, module:Class; default: both"
+        "--methods",
+        nargs="+",
+        default=["erm", "dann"],
+        metavar="METHOD",
+        help="erm, dann, gan, degraded or module:Class; default: erm dann",
     )
     parser.add_argument("--held-out", nargs="+", type=int, help="default: every magnification in turn")
     parser.add_argument("--folds", nargs="+", type=int, help="which groups of patients to test; default: all")

@@ -20,7 +20,7 @@ DRAWS = 10  # random numbers an image needs: quarter turn and flip, zoom, centre
 
 
 def view_height(size: int) -> int:
-    """Short side in pixels of the resized image of which a `size` x `size` square is the network's input, as in timm."""
+    """Short side in pixels of the resized image, of which a square of `size` is the input; rounded as in timm."""
     return math.floor(size / CROP_PCT)
 
 
