@@ -165,8 +165,10 @@ def raw_row(path: str, content: bytes | None = None) -> dict:
         A row of `raw_features`; if the image cannot be used, all is None but `path`, `filename` and `problem`.
     """
     name = PurePath(path).name
-    row = dict.fromkeys((*COLUMNS, "stretched")) | {"filename": name, "path": path, "problem": None}
+    row = dict.fromkeys((*COLUMNS, "stretched", "problem")) | {"filename": _printable(name), "path": _printable(path)}
     problem = _name_problem(PurePath(path))
+    if not problem and content is None and not os.path.isfile(path):
+        problem = "not a file, or a link to none; remove it"  # a pipe would be waited for
     if not problem:
         try:
             width, height = check(path if content is None else io.BytesIO(content))
@@ -229,11 +231,14 @@ def _name_problem(path: PurePath) -> str | None:
         folder = next((part for part in reversed(path.parts[:-1]) if re.fullmatch(pattern, part)), said)
         if folder != said:
             return f"its name says {field} {said}, its folder {folder}; move it to where it belongs"
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        return f"its path is not UTF-8 ({str(path)!a}); rename the file or its folder"
+    if str(path) != _printable(str(path)):
+        return "its path is not UTF-8; rename the file or its folder"
     return None
+
+
+def _printable(path: str) -> str:
+    """Bytes of a path that are no UTF-8, written as such: no table holds them."""
+    return path.encode("utf-8", "backslashreplace").decode()
 
 
 def _is_stretched(width: int, height: int) -> bool:

@@ -47,8 +47,9 @@ def name_of(encoded: Encoded) -> str:
 
 def shown_size(image: Image.Image) -> tuple[int, int]:
     """Width and height as shown, that is after the turn that EXIF asks for; no pixel is decoded."""
-    # Pillow decodes a whole PNG to look for EXIF data behind the pixels, where hardly any file has them.
-    has_exif = image.format != "PNG" or "exif" in image.info
+    # Pillow decodes a whole PNG to look for EXIF data behind the pixels, where hardly any file has them; the size of a
+    # TIFF it has turned already.
+    has_exif = "exif" in image.info if image.format == "PNG" else image.format != "TIFF"
     turned = has_exif and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
     return image.size[::-1] if turned else image.size
 
