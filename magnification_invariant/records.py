@@ -1,6 +1,7 @@
 """What a run leaves behind: the predictions table, and the numbers that follow from it alone."""
 
 import json
+import math
 import warnings
 from pathlib import Path
 
@@ -13,10 +14,20 @@ POSITIVE = 1  # malignant
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Whole or not at all."""
+    """Whole or not at all; what is not a number becomes null, since JSON has no NaN."""
     unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(json.dumps(content, indent=1, default=float))
+    unfinished.write_text(json.dumps(_plain(content), indent=1, allow_nan=False))
     unfinished.replace(path)
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [_plain(each) for each in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -56,7 +67,7 @@ def part_of(records: pa.Table, part: str, temperature: float = 1.0) -> dict[str,
 def scores(label: np.ndarray, probability: np.ndarray, patient: np.ndarray) -> dict:
     """Every metric by image and patient-balanced, and patient-clustered intervals of the main ones.
 
-    What does not exist is None: an AUC of one class, an interval of too few patients.
+    What does not exist is NaN or None: an AUC of one class, an interval of too few patients.
     """
     weight = metrics.patient_weights(patient)
     with warnings.catch_warnings():
@@ -72,9 +83,7 @@ def scores(label: np.ndarray, probability: np.ndarray, patient: np.ndarray) -> d
             name: metric(label, probability, sample_weight=weight) for name, metric in metrics.METRICS.items()
         },
     }
-    found["interval"] = {name: None if np.isnan(ends).any() else list(ends) for name, ends in intervals.items()}
-    for weighting in ("image", "patient_balanced"):
-        found[weighting] = {name: None if np.isnan(value) else value for name, value in found[weighting].items()}
+    found["interval"] = {name: None if np.isnan(ends).any() else ends for name, ends in intervals.items()}
     return found
 
 

@@ -50,14 +50,8 @@ def _row(method: str, held_out: int, cells: list, part: str) -> dict:
         intervals.append(results["parts"][part]["interval"]["auc"])
         if signature := results.get("signature"):
             for name in ("size", "width", "live", "jaccard", "nogueira"):
-                measured["signature", name].append(signature[name])
-            raw = part_of(records, part)
-            weight = (
-                1 / np.unique(raw["patient"], return_counts=True)[1][np.unique(raw["patient"], return_inverse=True)[1]]
-            )
-            measured["uncalibrated", "brier"].append(
-                np.average((raw["probability"] - raw["label"]) ** 2, weights=weight)
-            )
+                measured["signature", name].append(signature.get(name))
+            measured["uncalibrated", "brier"].append(results["uncalibrated"][part]["patient_balanced"]["brier"])
         if config.get("start", {}).get("saw_test"):
             marks.add("the start had seen the test")
         if results.get("gan", {}).get("collapsed"):
@@ -70,7 +64,8 @@ def _row(method: str, held_out: int, cells: list, part: str) -> dict:
                 marks.add("unseen optics, scale simulated")
     row = {"method": method, "held_out": held_out, "cells": len(cells), "marks": sorted(marks)}
     for (group, name), values in measured.items():
-        row.setdefault(group, {})[name] = float(np.mean(values))
+        known = [value for value in values if value is not None and not np.isnan(value)]
+        row.setdefault(group, {})[name] = float(np.mean(known)) if known else None
     if len(cells) == 1 and intervals[0]:
         row["auc_interval"] = intervals[0]
     return row
@@ -86,30 +81,25 @@ def markdown(rows: list[dict], part: str = "test") -> str:
             head += ["Brier before T", "signature", "Jaccard", "Nogueira"]
         lines = []
         for row in sorted(rows, key=lambda row: (row["held_out"], row["method"] not in ("constant", "colour"))):
-            s = row[weighting]
-            auc = f"{s['auc']:.3f}"
-            if weighting == "patient_balanced" and "auc_interval" in row:
-                auc += " [{:.3f}, {:.3f}]".format(*row["auc_interval"])
+            s, signature = row[weighting], row.get("signature", {})
             name = row["method"] + "".join(f" [{marks.index(mark) + 1}]" for mark in row["marks"])
-            cells = [name, f"{row['held_out']}X", auc]
-            cells += [f"{s[k]:.3f}" for k in ("f1", "balanced_accuracy", "brier", "expected_calibration_error")]
+            cells = [name, f"{row['held_out']}X"]
+            cells += [_number(s[k]) for k in ("auc", "f1", "balanced_accuracy", "brier", "expected_calibration_error")]
             if weighting == "patient_balanced":
-                signature, before = row.get("signature"), row.get("uncalibrated")
-                cells += [f"{before['brier']:.3f}"] if before else ["-"]
-                cells += (
-                    [
-                        f"{signature['size']:.0f} of {signature['width']:.0f}",
-                        f"{signature['jaccard']:.2f}",
-                        f"{signature['nogueira']:.2f}",
-                    ]
-                    if signature
-                    else ["-", "-", "-"]
-                )
+                if "auc_interval" in row:
+                    cells[2] += " [{:.3f}, {:.3f}]".format(*row["auc_interval"])
+                size = f"{signature['size']:.0f} of {signature['width']:.0f}" if signature else "-"
+                cells += [_number(row.get("uncalibrated", {}).get("brier")), size]
+                cells += [_number(signature.get(k), 2) for k in ("jaccard", "nogueira")]
             lines.append(cells)
         title = f"{weighting.replace('_', '-')} ({meaning}), part `{part}`"
         blocks.append(f"{title}\n\n" + _markdown_table(head, lines))
     notes = [f"[{i}] {mark}" for i, mark in enumerate(marks, 1)]
     return "\n\n".join([*blocks, *notes])
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _markdown_table(head: list[str], lines: list[list[str]]) -> str:
