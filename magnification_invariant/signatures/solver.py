@@ -2,14 +2,13 @@
 
 `minimise  sum_i w_i log(1 + exp(-s_i (x_i'c + b))) + penalty * ||c||_1`, s = +-1, weights summing to 1, b unpenalised.
 
-A prox-Newton method: at each penalty the loss is replaced by its quadratic model over a working set, scikit-learn's
-coordinate descent minimises model + L1 norm, a step that lowers the objective is taken, until the optimality (KKT)
-conditions of the *true* objective hold to a stated tolerance. Three things make it fast: penalties fall from the
-largest useful one, each start from the last solution; the sequential strong rule (Tibshirani et al., JRSS B 74(2),
-2012) leaves most columns out, and the conditions of all columns are checked before a penalty is left; and the
-curvature is computed once a penalty and used again until progress slows, since a stale curvature changes the number of
-steps but not where they end. scikit-learn's own solver of this kind can replace the body of the loop once a released
-version has it.
+A prox-Newton method: at each penalty the loss is replaced by its quadratic model over a working set, model + L1 norm is
+minimised, and a step that lowers the objective is taken, until the optimality (KKT) conditions of the *true* objective
+hold to a stated tolerance. Three things make it fast: penalties fall from the largest useful one, each start from the
+last solution; the sequential strong rule (Tibshirani et al., JRSS B 74(2), 2012) leaves most columns out, and the
+conditions of all columns are checked before a penalty is left; and the curvature is computed once a penalty and used
+again until progress slows, since a stale curvature changes the number of steps but not where they end. scikit-learn's
+own solver of this kind can replace `_solve` once a released version has it.
 """
 
 import warnings
@@ -33,42 +32,49 @@ def _minimise_model(
 ) -> np.ndarray:
     """Minimises `u'Hu/2 - linear'u + penalty ||u||_1` from `coef`, for a positive definite H.
 
-    Coordinate descent finds the signs soon and the values late; given the signs, the values solve a linear system. So
-    the two alternate, with coordinate descent going on longer each time, until the KKT conditions of the model
-    hold to `tol`.
+    Given which entries of u are not 0 and their signs, the values solve a linear system. A gradient step from the
+    last values says what they may be (a semi-smooth Newton method), which is right after a few rounds or circles; then
+    coordinate descent, which always gets nearer, goes first, longer each time. Ends where the KKT conditions of the
+    model hold to `tol`.
     """
     from scipy.linalg import cho_factor, cho_solve, cholesky, solve_triangular
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import enet_path
 
-    # The least-squares problem with this Gram matrix, so that the public function's duality gap is a true one.
-    root = cholesky(hessian, lower=True)
-    target = solve_triangular(root, linear, lower=True)
-    for gap in (1e-5, 1e-8, 1e-11):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # the caller checks the conditions that count
-            _, path, _ = enet_path(
-                root.T,
-                target,
-                l1_ratio=1.0,
-                alphas=[penalty / len(coef)],
-                precompute=hessian,
-                Xy=linear,
-                coef_init=coef.copy(),  # it is overwritten
-                tol=gap,
-                max_iter=1000,
-                check_input=False,
-            )
-        coef = path[:, 0]
-        support = np.flatnonzero(coef)
-        if support.size:
-            sign = np.sign(coef[support])
-            factor = cho_factor(hessian[np.ix_(support, support)], lower=True)
-            exact = cho_solve(factor, linear[support] - penalty * sign)
-            if (np.sign(exact) == sign).all():
-                coef[support] = exact
-        if _violation(hessian @ coef - linear, coef, penalty) <= tol:
-            break
+    root, diagonal = None, np.diag(hessian)
+    for sweeps in (0, 20, 60, 200, 1000, 3000):
+        if sweeps:
+            if root is None:
+                # The least-squares problem with this Gram matrix: the public function's duality gap is a true one then.
+                root = cholesky(hessian, lower=True, check_finite=False)
+                target = solve_triangular(root, linear, lower=True, check_finite=False)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ConvergenceWarning)  # the caller checks the conditions that count
+                _, path, _ = enet_path(
+                    root.T,
+                    target,
+                    l1_ratio=1.0,
+                    alphas=[penalty / len(coef)],
+                    precompute=hessian,
+                    Xy=linear,
+                    coef_init=coef.copy(),  # it is overwritten
+                    tol=1e-12,
+                    max_iter=sweeps,
+                    check_input=False,
+                )
+            coef = path[:, 0]
+        trial = coef
+        for _ in range(3):
+            step = trial - (hessian @ trial - linear) / diagonal
+            support = np.flatnonzero(np.abs(step) > penalty / diagonal)
+            trial = np.zeros_like(coef)
+            if support.size:
+                factor = cho_factor(hessian[np.ix_(support, support)], lower=True, check_finite=False)
+                trial[support] = cho_solve(
+                    factor, linear[support] - penalty * np.sign(step[support]), check_finite=False
+                )
+            if _violation(hessian @ trial - linear, trial, penalty) <= tol:
+                return trial
     return coef
 
 
@@ -105,6 +111,7 @@ def l1_logistic_path(
         ValueError: On NaN, wrong shapes, one class, or penalties that are not positive and falling.
     """
     from scipy.special import expit
+    from sklearn import config_context
     from threadpoolctl import threadpool_limits
 
     X, y = np.asfortranarray(X, dtype=np.float64), np.asarray(y, np.float64)
@@ -118,7 +125,7 @@ def l1_logistic_path(
     if not np.isin(y, (0, 1)).all() or not 0 < rate < 1:
         raise ValueError("y must hold 0 and 1, both with weight: one class cannot be told apart")
 
-    with threadpool_limits(1, "blas"):
+    with threadpool_limits(1, "blas"), config_context(skip_parameter_validation=True):
         gradient = X.T @ (weight * (rate - y))
         largest = np.abs(gradient).max()
         if lambdas is None:
