@@ -18,9 +18,8 @@ from typing import BinaryIO
 
 from magnification_invariant.data.images import SUFFIXES
 
-MEMBER_LIMIT = 64 * 2**20  # bytes; an original image has half a million
-TOTAL_LIMIT = 256 * 2**20  # bytes that any archive may hold; a larger one _RATIO times its own size
-_RATIO = 20  # compressed images hardly shrink further
+LIMIT = 64 * 2**20  # bytes that one member may have (an original image has half a million), and any archive in all
+_RATIO = 20  # what a larger archive may inflate to, times its own size: compressed images hardly shrink further
 
 
 def is_image(path: str) -> bool:
@@ -103,7 +102,7 @@ class _Guard:
 
     def __init__(self, path: str, size: int):
         self.path = path
-        self.limit = max(TOTAL_LIMIT, _RATIO * size)
+        self.limit = max(LIMIT, _RATIO * size)
         self.total = 0
 
     def check(self, name: str, size: int, odd: str | None) -> None:
@@ -114,8 +113,8 @@ class _Guard:
             self.refuse(f"{name!r} leads out of it")
         if "\0" in name:
             self.refuse(f"{name!r} hides its real name")
-        if size > MEMBER_LIMIT:
-            self.refuse(f"{name!r} has {size / 2**20:,.0f} MiB, no image has more than {MEMBER_LIMIT / 2**20:.0f}")
+        if size > LIMIT:
+            self.refuse(f"{name!r} has {size / 2**20:,.0f} MiB, no image has more than {LIMIT / 2**20:.0f}")
         if self.total > self.limit:
             self.refuse(f"it inflates to more than {self.limit / 2**20:,.0f} MiB, far beyond its own size")
 

@@ -109,12 +109,16 @@ def source_kind(source: str | os.PathLike) -> str:
 
     Raises:
         FileNotFoundError: It is not here, and no name that a Hub repository could have.
+        ValueError: It is a folder of both images and Parquet files.
     """
     if re.match("https?://", str(source)):
         return "url"
     path = Path(source)
     if path.is_dir():
-        return "parquet" if parquet_files(path) else "folder"
+        tables = parquet_files(path)
+        if tables and image_paths(path):
+            raise ValueError(f"{source} holds images and Parquet files ({tables[0]}): point to the one or the other.")
+        return "parquet" if tables else "folder"
     if path.is_file():
         return "parquet" if path.suffix == ".parquet" else "archive"
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?", str(source), re.ASCII):
@@ -269,6 +273,7 @@ def _read_with_builder(source, *, streaming: bool, num_proc: int | None):
 def _read_table(source, kind: str, *, streaming: bool, num_proc: int | None):
     """A table with the columns of `features` as it is; of any other with named images, raw rows by these names."""
     import datasets
+    import pyarrow
 
     options = {"streaming": streaming, "num_proc": None if streaming else num_proc}
     try:
@@ -277,7 +282,7 @@ def _read_table(source, kind: str, *, streaming: bool, num_proc: int | None):
         else:
             repo, _, revision = str(source).partition("@")
             parts = datasets.load_dataset(repo, revision=revision or None, **options)
-    except datasets.exceptions.DatasetGenerationError as error:
+    except (datasets.exceptions.DatasetGenerationError, pyarrow.ArrowInvalid) as error:
         why = error.__cause__ or error
         raise ValueError(f"{source} cannot be read ({why}); write or download it again.") from error
     except (datasets.exceptions.DatasetNotFoundError, ConnectionError) as error:

@@ -71,7 +71,7 @@ def verify(ds, *, pixels: bool = True) -> Verification:
     published = {name: slide for slide in slides() for name in slide.names}
 
     unknown = [name for name in stems if name not in published]
-    missing = [name for name in published if name not in set(stems)]
+    missing = sorted(published.keys() - set(stems))
     twice = [name for name, n in Counter(stems).items() if n > 1]
     contradicted = [row["filename"] for row in rows if (name_fields(row["filename"]) or {}).items() - row.items()]
     differences, notes = [], []
