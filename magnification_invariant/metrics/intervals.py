@@ -24,7 +24,8 @@ Measured coverage of nominal 95 % intervals of the AUC (`benchmarks/interval_cov
 | 40/80 | .95 / .95 | .94 / .93 |
 
 "t" covered .92 to .98 for the other metrics from 16/54 on (.83 for the calibration error at 8/18; the bootstrap, which
-adds its own noise to an error that noise inflates, covered it as rarely as .04).
+adds its own noise to an error that noise inflates, covered it as rarely as .04). Of paired differences (Brier, AUC, F1;
+400 test sets each) "t" covered .92 to .96 at 8/18 and .95 to .96 above, the bootstrap .86 to .88, .92 to .93 and .95.
 """
 
 import warnings

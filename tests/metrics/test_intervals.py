@@ -225,3 +225,9 @@ def test_holm():
 @pytest.mark.parametrize("true_auc", [0.83, 0.95])
 def test_coverage_at_the_sizes_of_breakhis(sizes, true_auc):
     assert coverage.coverage(*sizes, true_auc, None, simulations=600) >= 0.93
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("metric", ["brier", "auc"])
+def test_coverage_of_differences_at_the_size_of_breakhis(metric):
+    assert coverage.paired_coverage(metric, 16, 54, None, simulations=400, n_draws=1) >= 0.93
