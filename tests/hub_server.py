@@ -67,7 +67,7 @@ class HubServer:
         self.store = f"http://localhost:{self._server.server_port}"  # another origin, as of the real Hub's files
 
     def __enter__(self) -> "HubServer":
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
         return self
 
     def __exit__(self, *_) -> None:

@@ -81,11 +81,11 @@ class PixelCache:
             return False
         try:
             damaged = _damaged_rows(*_open(self.folder), pool)
-        except (OSError, ValueError, EOFError) as error:
-            damaged = error
+            what = f"{len(damaged)} rows of {self.folder} are not what was written"
+        except (ValueError, IndexError) as error:
+            damaged, what = True, str(error)
         if damaged:
-            what = f"{len(damaged)} rows" if isinstance(damaged, list) else f"it cannot be opened: {damaged}"
-            warnings.warn(f"the pixel cache {self.folder} is damaged ({what}); decoding again", stacklevel=4)
+            warnings.warn(f"the pixel cache is damaged: {what}; decoding again", stacklevel=3)
         return not damaged
 
     def _build(self, images: EncodedImages, height: int, pool: ThreadPoolExecutor) -> None:
@@ -146,7 +146,10 @@ class PixelCache:
 
 
 def _open(folder: Path, mode: str = "r") -> tuple[np.ndarray, np.ndarray]:
-    return np.load(folder / "pixels.npy", mmap_mode=mode), np.load(folder / "rows.npy", mmap_mode=mode)
+    try:
+        return np.load(folder / "pixels.npy", mmap_mode=mode), np.load(folder / "rows.npy", mmap_mode=mode)
+    except Exception as error:  # a damaged header raises whatever Python's tokenizer does
+        raise ValueError(f"{folder} cannot be opened: {error!r}") from error
 
 
 def _open_or_create(folder: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -159,8 +162,8 @@ def _open_or_create(folder: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, n
         pixels, rows = _open(folder, "r+")
         if (pixels.shape, pixels.dtype, rows.shape, rows.dtype) == (shape, np.uint8, (shape[0], 2), np.int64):
             return pixels, rows
-    except (OSError, ValueError, EOFError):
-        pass
+    except ValueError:
+        pass  # there is none, or not to be used
     shutil.rmtree(folder, ignore_errors=True)
     need, free = int(np.prod(shape)), shutil.disk_usage(folder.parent).free
     if need > free:

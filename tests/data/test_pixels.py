@@ -1,10 +1,14 @@
 import multiprocessing
+import os
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
+from magnification_invariant.data import pixels as pixels_module
 from magnification_invariant.data.breakhis import load_breakhis
 from magnification_invariant.data.pixels import PixelCache
 
@@ -104,3 +108,123 @@ def test_two_processes_share_one_cache(tmp_path):
         worker.join()
     assert len(sums) == 1
     assert len([p for p in (tmp_path / "cache").iterdir() if p.is_dir()]) == 1
+
+
+def files_of(cache):
+    return cache.folder / "pixels.npy", cache.folder / "rows.npy"
+
+
+@pytest.fixture
+def many(tmp_path):
+    """A table of 30 files, and the pixels that its cache must have."""
+    for i in range(30):
+        picture(30, 20, seed=i).save(tmp_path / f"{i}.png")
+    ds = table([str(tmp_path / f"{i}.png") for i in range(30)])
+    return ds, np.stack([np.asarray(picture(30, 20, seed=i)).transpose(2, 0, 1) for i in range(30)])
+
+
+def count_decoded(monkeypatch):
+    decoded, decode = [], pixels_module._decode
+
+    def counting(encoded, *arguments):
+        decoded.append(encoded[0])
+        return decode(encoded, *arguments)
+
+    monkeypatch.setattr(pixels_module, "_decode", counting)
+    return decoded
+
+
+def test_a_cut_build_goes_on(many, tmp_path, monkeypatch):
+    ds, wanted = many
+    decode = pixels_module._decode
+
+    def interrupted(encoded, *arguments):
+        if encoded[0].endswith(("/20.png", "/25.png")):
+            raise KeyboardInterrupt
+        return decode(encoded, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pixels_module, "_decode", interrupted)
+        PixelCache(ds, 20, folder=tmp_path / "cache")
+    unfinished = next((tmp_path / "cache").glob("*.tmp"))
+    done = np.load(unfinished / "rows.npy")[:, 0] != 0
+    assert 0 < done.sum() < 30
+    # What the disk has lost of it since is not taken for done.
+    lost = int(np.flatnonzero(done)[3])
+    np.load(unfinished / "pixels.npy", mmap_mode="r+")[lost, 0, 0, 0] ^= 1
+
+    decoded = count_decoded(monkeypatch)
+    cache = PixelCache(ds, 20, folder=tmp_path / "cache")
+    assert len(decoded) == 30 - done.sum() + 1
+    assert np.array_equal(cache.pixels.numpy(), wanted) and not unfinished.exists()
+
+
+def test_a_killed_build_goes_on(many, tmp_path):
+    """A kill leaves no time to tidy up."""
+    ds, wanted = many
+    context = multiprocessing.get_context("fork")
+    worker = context.Process(target=_die_at_row_20, args=(tmp_path / "cache", ds))
+    worker.start()
+    worker.join(timeout=60)
+    assert worker.exitcode == 9
+    assert list((tmp_path / "cache").glob("*.tmp"))
+    assert np.array_equal(PixelCache(ds, 20, folder=tmp_path / "cache").pixels.numpy(), wanted)
+
+
+def _die_at_row_20(folder, ds):
+    decode = pixels_module._decode
+    pixels_module._decode = lambda e, *a: os._exit(9) if e[0].endswith("/20.png") else decode(e, *a)
+    PixelCache(ds, 20, folder=folder)
+
+
+def flip_pixel(pixels, rows):
+    np.load(pixels, mmap_mode="r+")[7, 1, 2, 3] ^= 4
+
+
+def wrong_side(pixels, rows):
+    np.load(rows, mmap_mode="r+")[7, 1] += 1
+
+
+HARMS = {
+    "pixel": (flip_pixel, 1),
+    "short side": (wrong_side, 1),
+    "cut": (lambda pixels, rows: os.truncate(pixels, 5000), 28),
+    "empty": (lambda pixels, rows: os.truncate(rows, 0), 30),
+    "header": (lambda pixels, rows: pixels.write_bytes(b"\x93NUMPY\x01\x00v\x00{'" + bytes(1000)), 30),
+    "lost": (lambda pixels, rows: rows.unlink(), 30),
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_what_the_disk_lost_is_noticed_and_decoded_again(many, tmp_path, monkeypatch, harm):
+    ds, wanted = many
+    do, n = HARMS[harm]
+    do(*files_of(PixelCache(ds, 20, folder=tmp_path / "cache")))
+    decoded = count_decoded(monkeypatch)
+    with pytest.warns(UserWarning, match="is damaged") as warned:
+        cache = PixelCache(ds, 20, folder=tmp_path / "cache")
+    assert len(decoded) == n
+    assert Path(warned[0].filename) == Path(__file__)
+    assert np.array_equal(cache.pixels.numpy(), wanted) and np.allclose(cache.mpp, 1.0)
+    decoded.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PixelCache(ds, 20, folder=tmp_path / "cache")
+    assert not decoded
+
+
+def test_the_size_is_said_before_it_starts(many, tmp_path, caplog):
+    ds, _ = many
+    with caplog.at_level("INFO", logger="magnification_invariant"):
+        PixelCache(ds, 10, folder=tmp_path / "cache")
+    assert "decoding 30 images to 15x10 (0 MB)" in caplog.text
+
+
+def test_images_in_the_table_are_cached_like_files(many, tmp_path):
+    ds, wanted = many
+    embedded = table(
+        [{"path": f"{i}.png", "bytes": Path(ds.data["image"][i].as_py()["path"]).read_bytes()} for i in range(30)]
+    )
+    cache = PixelCache(embedded, 20, folder=tmp_path / "cache")
+    assert np.array_equal(cache.pixels.numpy(), wanted)
+    assert PixelCache(embedded, 20, folder=tmp_path / "cache").folder == cache.folder

@@ -50,7 +50,7 @@ def url_of(archive_of, monkeypatch):
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield lambda name: f"http://127.0.0.1:{server.server_port}/{name}"
     server.shutdown()
     server.server_close()

@@ -8,10 +8,13 @@ from hypothesis import strategies as st
 
 from magnification_invariant.data.splits import (
     PARTS,
+    Folds,
     Split,
     assert_disjoint,
+    deal_folds,
     leave_one_domain_out,
     leave_one_magnification_out,
+    official_folds,
 )
 
 DOMAINS = (40, 100, 200, 400)
@@ -301,3 +304,100 @@ def test_the_small_tree_can_be_split(breakhis_tree, held_out):
     for fold in range(4):
         split = leave_one_magnification_out(ds, held_out, n_folds=4, fold=fold)
         assert [len(getattr(split, part)) for part in PARTS] == [12, 6, 2, 6]
+
+
+def test_a_split_file_gives_the_same_splits_anywhere(tmp_path):
+    ds = table(PATIENTS)
+    deal_folds(ds, n_folds=4, split_seed=3).to_json(tmp_path / "split.json")
+    assert [file.name for file in tmp_path.iterdir()] == ["split.json"]
+    folds = Folds.from_json(tmp_path / "split.json")
+    for fold in range(4):
+        for held_out in DOMAINS:
+            expected = leave_one_magnification_out(ds, held_out, n_folds=4, fold=fold, split_seed=3)
+            again = folds.split(ds, held_out, fold)
+            assert all(np.array_equal(getattr(again, part), getattr(expected, part)) for part in PARTS)
+            assert {k: v for k, v in vars(again).items() if k not in PARTS} == {
+                k: v for k, v in vars(expected).items() if k not in PARTS
+            }
+    # Of a part of the data, the patients who are there keep their places.
+    some = table(
+        {patient: classes for patient, classes in PATIENTS.items() if patient not in ("14-0", "14-20")}, seed=8
+    )
+    split = folds.split(some, 100, 1)
+    assert taken(some, split.val) <= set(folds.folds[1]["val"])
+    with pytest.raises(ValueError, match=r"1 of the table's patient values are not in the split \(16-1\)"):
+        folds.split(table({**PATIENTS, "16-1": (0,)}), 100, 1)
+    with pytest.raises(ValueError, match="fold is 4; with n_folds=4 it runs from 0 to 3"):
+        folds.split(ds, 100, 4)
+
+    stored = json.loads((tmp_path / "split.json").read_text())
+    stored["folds"][0]["train"].append(stored["folds"][0]["test"][0])
+    (tmp_path / "split.json").write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match="more than one part of a fold"):
+        Folds.from_json(tmp_path / "split.json")
+    for content in ("{", "[]", "{}", json.dumps({**stored, "kind": "other"}), json.dumps({**stored, "more": 1})):
+        (tmp_path / "split.json").write_text(content)
+        with pytest.raises(ValueError, match="not a split file"):
+            Folds.from_json(tmp_path / "split.json")
+
+
+def published_table() -> dict:
+    from magnification_invariant.data.breakhis import name_fields
+    from magnification_invariant.data.published import slides
+
+    rows = [name_fields(name) for slide in slides() for name in slide.names]
+    rows = [row for row in rows if (row["slide"], row["subtype"]) != ("14-13412", "ductal_carcinoma")]
+    return {column: [row[column] for row in rows] for column in rows[0]}
+
+
+def test_official_folds_are_the_published_ones_and_leak_as_is_said(tmp_path):
+    from magnification_invariant.data.breakhis import SUBTYPES
+    from magnification_invariant.data.published import slides
+
+    ds = published_table()
+    with pytest.warns(UserWarning, match="sections of 6 to 8 biopsies both in training and in test"):
+        folds = official_folds(ds)
+    patient_of = dict(zip(ds["slide"], ds["patient"], strict=True))
+    in_both = []
+    for number, groups in enumerate(folds.folds, 1):
+        tested = {
+            slide.slide
+            for slide in slides()
+            if number in slide.tested and (slide.code, slide.slide) != ("M_DC", "14-13412")
+        }
+        assert set(groups["test"]) == tested
+        assert sorted([*groups["train"], *groups["val"], *groups["test"]]) == sorted(patient_of)
+        patients = {part: {patient_of[slide] for slide in members} for part, members in groups.items()}
+        assert not patients["train"] & patients["val"]
+        in_both.append(len((patients["train"] | patients["val"]) & patients["test"]))
+        split = folds.split(ds, 200, number - 1)  # every part has both classes
+        assert taken(ds, np.concatenate([split.test, split.test_source]), "slide") == tested
+    assert all(5 <= n <= 8 for n in in_both), in_both
+
+    folds.to_json(tmp_path / "official.json")
+    with pytest.warns(UserWarning, match="results are too good"):
+        assert Folds.from_json(tmp_path / "official.json").folds == folds.folds
+
+    twice = {name: [*column, *column[:1]] for name, column in ds.items()}
+    twice["subtype"][-1], twice["slide"][-1] = SUBTYPES["DC"], "14-13412"
+    with pytest.raises(ValueError, match="14-13412 is there twice"):
+        official_folds(twice)
+    with pytest.raises(ValueError, match="not BreaKHis's"):
+        official_folds({**ds, "slide": ["14-1"] * len(ds["slide"])})
+
+
+def test_magdg_split_writes_what_it_shows(breakhis_tree, tmp_path, capsys):
+    from magnification_invariant.cli import main
+    from magnification_invariant.data.breakhis import load_breakhis
+
+    arguments = ["split", str(breakhis_tree), "--out", str(tmp_path / "split.json")]
+    assert main([*arguments, "--n-folds", "4"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("12 images/4 patients") == 16  # four folds, four magnifications
+    ds = load_breakhis(breakhis_tree)
+    split = Folds.from_json(tmp_path / "split.json").split(ds, 400, 2)
+    assert np.array_equal(split.test, leave_one_magnification_out(ds, 400, n_folds=4, fold=2).test)
+    assert main([*arguments, "--n-folds", "5"]) == 2
+    assert "groups of patients needs" in capsys.readouterr().err
+    assert main([*arguments, "--official"]) == 2
+    assert "not BreaKHis's" in capsys.readouterr().err

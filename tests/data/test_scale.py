@@ -1,0 +1,152 @@
+import math
+
+import numpy as np
+import pytest
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image, TiffImagePlugin
+
+from magnification_invariant.data.breakhis import MPP, load_breakhis
+from magnification_invariant.data.scale import digital_zoom, read_mpp, rescale
+
+
+def grating(period: float, width=300, height=200) -> Image.Image:
+    """Vertical stripes of a cosine, `period` pixels from one to the next."""
+    wave = 127.5 + 100 * np.cos(2 * math.pi * (np.arange(width) + 0.5) / period)
+    return Image.fromarray(np.broadcast_to(wave.round().astype(np.uint8)[None, :, None], (height, width, 3)).copy())
+
+
+def period_and_amplitude(image: Image.Image) -> tuple[float, float]:
+    line = np.asarray(image)[image.height // 2, 8:-8, 0].astype(float)
+    spectrum = np.abs(np.fft.rfft((line - line.mean()) * np.hanning(len(line)), n=1 << 16))
+    return (1 << 16) / spectrum.argmax(), line.std() * 2**0.5
+
+
+@pytest.mark.parametrize("mpp", [0.2, 0.25, 0.4, 0.5, 0.7, 1.0])
+def test_lengths_in_micrometres_stay(mpp):
+    """A structure of 8 um has 8 / mpp pixels whatever the scale, and its contrast."""
+    image = rescale(grating(8 / 0.5), mpp, native_mpp=0.5)
+    period, amplitude = period_and_amplitude(image)
+    assert period == pytest.approx(8 / mpp, rel=0.02)
+    assert amplitude == pytest.approx(100, abs=4)
+    assert image.size == (int(300 * 0.5 / mpp + 1e-6), int(200 * 0.5 / mpp + 1e-6))
+
+
+def test_detail_finer_than_the_new_pixels_becomes_grey():
+    """Stripes of 3 pixels, sampled every 4: without a filter they would come back as stripes of 12."""
+    image = rescale(grating(3), 2.0, native_mpp=0.5)
+    assert np.ptp(np.asarray(image)[10:-10, 10:-10].astype(int)) <= 8
+    assert np.asarray(image).mean() == pytest.approx(127.5, abs=2)
+
+
+def test_the_same_scale_is_the_same_image():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (46, 70, 3), dtype=np.uint8))
+    assert np.array_equal(np.asarray(rescale(image, 0.5, native_mpp=0.5)), np.asarray(image))
+
+
+def test_the_scale_is_exact_where_pixels_do_not_divide():
+    """101 pixels of 0.5 um at 0.7 um are 72.1: 72 whole ones, centred, not 101 squeezed into 72."""
+    image = Image.fromarray(np.zeros((101, 101, 3), np.uint8))
+    image.paste((255, 255, 255), (50, 0, 51, 101))
+    small = np.asarray(rescale(image, 0.7, native_mpp=0.5))[36, :, 0].astype(float)
+    assert small.shape == (72,)
+    assert (small * np.arange(72)).sum() / small.sum() == pytest.approx(35.5, abs=0.02)  # the middle stays the middle
+
+
+def test_refusals():
+    image = grating(8)
+    with pytest.raises(ValueError, match="pass native_mpp"):
+        rescale(image, 0.5)
+    with pytest.raises(ValueError, match="positive"):
+        rescale(image, -1, native_mpp=1)
+    with pytest.raises(ValueError, match="no whole one"):
+        rescale(image, 1000, native_mpp=1)
+
+
+def table(images, mpp, magnification=100):
+    n = len(images)
+    features = Features(
+        image=ImageFeature(), mpp=Value("float64"), magnification=Value("int32"), filename=Value("string")
+    )
+    columns = {"image": images, "mpp": mpp, "magnification": [magnification] * n}
+    return Dataset.from_dict(columns | {"filename": [f"{i}.png" for i in range(n)]}, features=features)
+
+
+def test_a_table_is_rescaled_and_says_so():
+    ds = table([grating(16), grating(16)], [0.5, 1.0])
+    new = rescale(ds, 1.0)
+    assert new["mpp"][:] == [1.0, 1.0] and new["rescaled"][:] == [True, False]
+    assert [row["image"].size for row in new] == [(150, 100), (300, 200)]
+    assert np.array_equal(np.asarray(new[1]["image"]), np.asarray(ds[1]["image"]))
+    again = rescale(new, 1.0)
+    assert again["rescaled"][:] == [True, False]  # once resampled, always marked
+    with pytest.raises(ValueError, match=r"no scale in 1 rows \(first: 1\)"):
+        rescale(table([grating(16)] * 2, [0.5, None]), 1.0)
+    with pytest.raises(ValueError, match="no column 'mpp'"):
+        rescale(ds.remove_columns("mpp"), 1.0)
+
+
+def test_digital_zoom_makes_domains_of_the_same_size(breakhis_tree):
+    mpp = MPP[100]
+    ds = table([grating(16, 700, 460)], [mpp])
+    zoomed = digital_zoom(ds, (40, 100, 200, 400))
+    assert zoomed["magnification"][:] == [40, 100, 200, 400]
+    assert np.allclose(zoomed["mpp"], [MPP[m] for m in (40, 100, 200, 400)])
+    assert zoomed["rescaled"][:] == [True, False, True, True]
+    assert zoomed["filename"][:] == ["0@40X.png", "0@100X.png", "0@200X.png", "0@400X.png"]
+    assert {row["image"].size for row in zoomed} == {(280, 184)}
+    for row in zoomed:  # what is 16 pixels at 100X is so many times larger
+        assert period_and_amplitude(row["image"])[0] == pytest.approx(16 * row["magnification"] / 100, rel=0.03)
+    # At its own magnification pixels are copied, from the middle.
+    middle = np.asarray(ds[0]["image"])[138:322, 210:490]
+    assert np.array_equal(np.asarray(zoomed[1]["image"]), middle)
+    assert digital_zoom(ds, (200,))[0]["image"].size == (700, 460)
+    with pytest.raises(ValueError, match=r"one magnification, the table has \[40, 100, 200, 400\]"):
+        digital_zoom(load_breakhis(breakhis_tree), (40,))
+
+
+def test_digital_zoom_keeps_the_other_columns(breakhis_tree):
+    ds = load_breakhis(breakhis_tree)
+    ds = ds.select(np.flatnonzero(np.asarray(ds["magnification"]) == 100))
+    zoomed = digital_zoom(ds, (40, 100))
+    assert zoomed.column_names == [*ds.column_names, "rescaled"]
+    assert zoomed["patient"][:] == ds["patient"][:] * 2 and zoomed.features["label"] == ds.features["label"]
+
+
+def tiff(path, description=None, resolution=None, unit=2):
+    info = TiffImagePlugin.ImageFileDirectory_v2()
+    if description:
+        info[270] = description
+    if resolution:
+        info[282], info[283], info[296] = *resolution, unit
+    grating(16).save(path, tiffinfo=info)
+    return path
+
+
+OME = '<OME><Image><Pixels PhysicalSizeX="{}" PhysicalSizeY="{}" {}/></Image></OME>'
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mpp"),
+    [
+        ({"resolution": (101_600.0, 101_600.0)}, 0.25),  # per inch
+        ({"resolution": (20_000.0, 20_000.0), "unit": 3}, 0.5),  # per centimetre
+        ({"resolution": (20_000.0, 5_000.0), "unit": 3}, 1.0),  # not square: the geometric mean
+        ({"resolution": (20_000.0, 20_000.0), "unit": 1}, None),  # no unit
+        ({"resolution": (72.0, 72.0)}, None),  # what editors write
+        ({"description": OME.format(0.325, 0.325, "")}, 0.325),
+        ({"description": OME.format(250, 250, 'PhysicalSizeXUnit="nm" PhysicalSizeYUnit="nm"')}, 0.25),
+        ({"description": OME.format(1, 1, 'PhysicalSizeXUnit="pixel" PhysicalSizeYUnit="pixel"')}, None),
+        ({"description": OME.format(0.5, 0.5, ""), "resolution": (72.0, 72.0)}, 0.5),
+        ({"description": "Aperio Image|AppMag = 20|MPP = 0.4990"}, 0.499),
+        ({}, None),
+    ],
+)
+def test_the_scale_that_a_file_states(tmp_path, arguments, mpp):
+    found = read_mpp(tiff(tmp_path / "x.tif", **arguments))
+    assert found == (mpp if mpp is None else pytest.approx(mpp))
+
+
+def test_a_png_states_none(tmp_path):
+    grating(16).save(tmp_path / "x.png", dpi=(72, 72))
+    assert read_mpp(tmp_path / "x.png") is None
