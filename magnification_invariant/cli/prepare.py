@@ -26,7 +26,7 @@ def run(args) -> int:
     from magnification_invariant import hub_files
     from magnification_invariant.data.breakhis import load_breakhis, without_duplicate_slide
     from magnification_invariant.data.parquet import to_parquet
-    from magnification_invariant.data.verify import verify
+    from magnification_invariant.data.verification import verify
 
     try:
         everything = load_breakhis(args.data, drop_duplicate_slide=False, num_proc=args.num_proc)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from magnification_invariant.data.breakhis import MAGNIFICATIONS, MPP, SUBTYPES
-from magnification_invariant.data.verify import Verification, verify
+from magnification_invariant.data.verification import Verification, verify
 
 _BATCH = 100  # rows that are in memory at once, and a row group
 _CARD = """---

@@ -14,7 +14,7 @@ from PIL import Image
 from magnification_invariant.cli import main
 from magnification_invariant.data.breakhis import MPP, SUBTYPES, features, load_breakhis, name_fields
 from magnification_invariant.data.published import MAGNIFICATIONS, slides
-from magnification_invariant.data.verify import verify
+from magnification_invariant.data.verification import verify
 
 NAMES = [name for slide in slides() for name in slide.names]
 
