@@ -217,7 +217,8 @@ def cluster_interval(
     Returns:
         Value, low, high. The bounds are NaN, with a warning, with fewer than 8 patients in a class. A figure of
         exactly 0 or 1 shows no variance; its "t" interval then is the exact binomial one (Clopper and Pearson) for
-        that many patients of the smaller class, all right or all wrong, which is wide.
+        that many patients of the smaller class, all right or all wrong, which is wide; a log-loss of 0 has no upper
+        bound, since one wrong image may cost anything.
 
     Raises:
         ValueError: On NaN, labels other than 0 and 1, columns of other lengths, an unknown metric or method.
@@ -233,13 +234,16 @@ def cluster_interval(
 
     from scipy.special import expit, logit
 
-    if sample.metric in METRICS.values() and value in (0.0, 1.0):
+    if sample.metric is log_loss and round(value, 12) == 0:
+        return Interval(value, 0.0, float("inf"))
+    bounded = sample.metric in METRICS.values() and sample.metric is not log_loss
+    if bounded and round(value, 12) in (0.0, 1.0):  # sums of weights end a bit off
         slack = _tails(level)[0] ** (1 / sample.smaller)
-        return Interval(value, slack, 1.0) if value else Interval(value, 0.0, 1 - slack)
+        return Interval(value, slack, 1.0) if value > 0.5 else Interval(value, 0.0, 1 - slack)
     half = _half_width(sample, [prob], np.array([value]), level)
     if sample.metric is log_loss:
         low, high = np.exp(np.log(value) + np.array([-half, half]) / value)
-    elif sample.metric in METRICS.values():
+    elif bounded:
         low, high = expit(logit(value) + np.array([-half, half]) / (value * (1 - value)))
     else:
         low, high = value - half, value + half

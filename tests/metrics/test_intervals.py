@@ -163,10 +163,18 @@ def test_models_of_the_same_ranking_have_the_same_auc_on_any_scale():
 
 def test_perfect_separation_gives_a_wide_interval_not_a_point():
     y, _, g = patients()
-    value, low, high = cluster_interval("auc", y, y * 1.0, g)
-    assert (value, high) == (1, 1)
-    assert low == pytest.approx(0.025 ** (1 / 16))
+    for name in ("auc", "average_precision", "f1", "accuracy", "balanced_accuracy"):
+        assert tuple(cluster_interval(name, y, y * 1.0, g)) == pytest.approx((1, 0.025 ** (1 / 16), 1))
     assert tuple(cluster_interval("brier", y, y * 1.0, g)) == pytest.approx((0, 0, 1 - 0.025 ** (1 / 16)))
+
+
+def test_a_log_loss_of_one_is_no_bound():
+    y, _, g = patients()
+    found = cluster_interval("log_loss", y, np.full(len(y), np.exp(-1.0)), g)
+    assert found.low == pytest.approx(found.high)  # a constant prediction at a fixed class mix
+    noisy = np.clip(np.exp(-1.0) + 0.2 * np.random.default_rng(0).standard_normal(len(y)), 0.01, 0.99)
+    assert 0 < cluster_interval("log_loss", y, noisy, g).low
+    assert cluster_interval("log_loss", y, y * 1.0, g).high == np.inf
 
 
 def test_too_few_patients_give_an_estimate_and_a_warning():
