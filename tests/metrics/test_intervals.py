@@ -173,7 +173,7 @@ def test_a_log_loss_of_one_is_no_bound():
     found = cluster_interval("log_loss", y, np.full(len(y), np.exp(-1.0)), g)
     assert found.low == pytest.approx(found.high)  # a constant prediction at a fixed class mix
     noisy = np.clip(np.exp(-1.0) + 0.2 * np.random.default_rng(0).standard_normal(len(y)), 0.01, 0.99)
-    assert 0 < cluster_interval("log_loss", y, noisy, g).low
+    assert cluster_interval("log_loss", y, noisy, g).low > 0
     assert cluster_interval("log_loss", y, y * 1.0, g).high == np.inf
 
 
