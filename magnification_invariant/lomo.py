@@ -458,16 +458,17 @@ def _signature(embeddings: dict, split: Split, columns: dict) -> tuple[SparseSig
     representation that has collapsed has no signature; that is a result, not an error.
     """
     label, patient = columns["label"], columns["patient"]
-    if not embeddings["train"].std(0).any():
-        return None, {"size": 0, "width": embeddings["train"].shape[1], "live": 0}
-    signature = SparseSignature().fit(
-        embeddings["train"],
-        label[split.train],
-        groups=patient[split.train],
-        X_val=embeddings["val"],
-        y_val=label[split.val],
-        groups_val=patient[split.val],
-    )
+    try:
+        signature = SparseSignature().fit(
+            embeddings["train"],
+            label[split.train],
+            groups=patient[split.train],
+            X_val=embeddings["val"],
+            y_val=label[split.val],
+            groups_val=patient[split.val],
+        )
+    except ValueError as error:
+        return None, {"size": 0, "width": embeddings["train"].shape[1], "why_none": str(error)}
     stability = refit_stability(
         signature, embeddings["train"], label[split.train], columns["domain"][split.train], patient[split.train]
     )

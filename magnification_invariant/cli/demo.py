@@ -19,7 +19,7 @@ def run(args) -> int:
 
     from PIL import Image
 
-    from magnification_invariant import load_virtual_slides
+    from magnification_invariant.data import load_virtual_slides
     from magnification_invariant.lomo import grid, run_grid
     from magnification_invariant.model_folder import logits_of
     from magnification_invariant.report.pictures import curves, embedding_map, reliability
