@@ -82,7 +82,6 @@ class Patient:
         cytoplasm: Haematoxylin and eosin of epithelial cytoplasm.
         collagen: Haematoxylin and eosin of stroma.
         secretion: Eosin in lumina and clefts.
-        membrane: How dark the basement membrane of a gland is.
         core: Mean share of a unit's area inside the border between epithelium and white.
     """
 
@@ -111,7 +110,6 @@ class Patient:
     cytoplasm: tuple[float, float]
     collagen: tuple[float, float]
     secretion: float
-    membrane: float
     core: float
 
     @property
@@ -135,8 +133,8 @@ def virtual_patient(number: int) -> Patient:
     sign = 2 * label - 1
     # Grade and architecture go with the class, not in step and with overlap: some benign tissue is atypical or
     # solid, some carcinomas are bland or form glands.
-    atypia = _sigmoid(2.2 * sign + rng.standard_t(3))
-    solid = _sigmoid(2.2 * sign + rng.standard_t(3))
+    atypia = _sigmoid(2.5 * sign + rng.standard_t(3))
+    solid = _sigmoid(1.1 * sign + 0.5 * rng.standard_t(3))
     subtypes = list(MALIGNANT if label else BENIGN)
     jitter = rng.normal(0, 0.05, (2, 3))
     stain = np.array([[0.70, 0.68, 0.30], [0.10, 0.85, 0.32]]) * np.exp(jitter)
@@ -148,14 +146,14 @@ def virtual_patient(number: int) -> Patient:
         subtype=subtypes[int(rng.integers(4))],
         solid=solid,
         atypia=atypia,
-        size_cv=0.05 + 0.27 * atypia,
-        irregularity=0.02 + 0.11 * atypia,
+        size_cv=0.05 + 0.33 * atypia,
+        irregularity=0.02 + 0.14 * atypia,
         polarity=1 - atypia,
         nucleoli=0.05 + 0.65 * atypia,
         mitoses=atypia,
         diameter=diameter,
         spacing=diameter * 1.25 * math.exp(0.09 * rng.standard_normal()),
-        pitch=56 * math.exp(0.22 * rng.standard_normal()),
+        pitch=float(np.clip(58 * math.exp(0.22 * rng.standard_normal()), 42, 90)),
         epithelium=rng.uniform(0.5, 0.9),
         fat=rng.uniform(0.0, 0.7),
         inflammation=rng.gamma(1.0, 3.0),
@@ -168,8 +166,7 @@ def virtual_patient(number: int) -> Patient:
         cytoplasm=(0.12 * math.exp(0.3 * rng.standard_normal()), 0.30 * math.exp(0.25 * rng.standard_normal())),
         collagen=(0.07 * math.exp(0.3 * rng.standard_normal()), 0.43 * math.exp(0.2 * rng.standard_normal())),
         secretion=rng.uniform(0, 0.12),
-        membrane=rng.uniform(0.0, 1.0),
-        core=rng.uniform(0.44, 0.56),
+        core=rng.uniform(0.39, 0.61),
     )
 
 
@@ -190,7 +187,7 @@ class _Site:
 _ANGLES = np.arange(48) * (2 * np.pi / 48)
 _WHITE = (0.0, 0.0, 0.0, 0.0)
 DARK = 0.03
-BM, CROWD, MARGIN, SCROWD = 0.25, 0.14, 0.4, 0.03
+CROWD, MARGIN = 0.14, 0.4
 
 
 def _outline(rng, centre, radius, wobble, stretch=1.0, angle=0.0):
@@ -288,20 +285,14 @@ def _site(number: int, i: int, j: int) -> _Site:
         # is epithelium and the shell a retraction space. Core and shell have the same area on average, so pictures of
         # both have the same composition, and with stroma half way between white and epithelium the same spectrum.
         solid = rng.random() < patient.solid
-        radius = pitch * rng.uniform(0.36, 0.49)
+        radius = pitch * rng.uniform(0.32, 0.49)
         share = math.sqrt(patient.core + rng.uniform(-0.07, 0.07))
         shape = math.exp(abs(rng.normal(0, 0.2))), rng.uniform(0, np.pi)
         shell = _outline(rng, centre, radius, 0.04, *shape)
         core = _outline(rng, centre, radius * share, 0.04, *shape)
         cytoplasm, space = (*patient.cytoplasm, 0.0, 0.35), (0.0, patient.secretion, 0.0, 0.0)
-        if solid:
-            regions += [(shell, space), (core, cytoplasm)]
-        else:
-            dark = patient.membrane * np.array([0.2, 0.5])
-            membrane = (*(np.array(patient.cytoplasm) + dark), 0.0, 0.0)
-            within = centre + (shell - centre) * (1 - BM / radius)
-            regions += [(shell, membrane), (within, cytoplasm), (core, space)]
-        cell_area = 0.866 * patient.spacing**2 / (1 + CROWD * patient.atypia + SCROWD * solid)
+        regions += [(shell, space if solid else cytoplasm), (core, cytoplasm if solid else space)]
+        cell_area = 0.866 * patient.spacing**2 / (1 + CROWD * patient.atypia)
         rows = (core, centre, 0.0) if solid else (shell, centre, share)
         points, outward = _rows(rng, *rows, cell_area, patient.polarity)
         epithelial = _nuclei(rng, patient, points, outward)
@@ -564,9 +555,9 @@ def virtual_field(
 
 
 def _offset(rng, site, magnification):
-    # Around the border of core and shell, so far out that glands and nests show equal shares of white and epithelium.
+    # So spread that glands and nests fill the field with equal shares of white, epithelium and stroma.
     angle = rng.uniform(0, 2 * np.pi)
-    r = site.edge + rng.normal(2.7 if magnification == 400 else 9, 4)
+    r = site.edge + rng.normal(2.8, 4.8) if magnification == 400 else 2.7 * site.edge * math.sqrt(rng.uniform())
     return r * np.array([math.cos(angle), math.sin(angle)])
 
 
