@@ -22,7 +22,7 @@ def run(args) -> int:
     from magnification_invariant.data import load_virtual_slides
     from magnification_invariant.lomo import grid, run_grid
     from magnification_invariant.model_folder import logits_of
-    from magnification_invariant.report.pictures import curves, embedding_map, reliability
+    from magnification_invariant.report.pictures import curves, embedding_map, montage, reliability
     from magnification_invariant.report.table import markdown, summarise
 
     print(
@@ -44,6 +44,7 @@ def run(args) -> int:
     print(f"\nVirtual slides, {HELD_OUT}X never seen in training, patients disjoint:\n")
     print(markdown(summarise(finished)))
 
+    montage(ds, args.output_dir / "slides.png")
     reliability([erm, dann], args.output_dir / "reliability.png")
     curves([erm, dann], args.output_dir / "curves.png")
     embedding_map(erm, args.output_dir / "embedding_erm.png")

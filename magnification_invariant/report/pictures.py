@@ -95,3 +95,21 @@ def curves(folders: Iterable[Path], path: Path) -> None:
         axis.set(title=folder.name, xlabel="epoch", ylim=(0, None))
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
+
+
+def montage(ds, path: Path, width: int = 230) -> None:
+    """One patient a class, one image a magnification, side by side: what the table looks like."""
+    from PIL import Image
+
+    label, patient, magnification = (np.asarray(ds[name]) for name in ("label", "patient", "magnification"))
+    columns, classes = np.unique(magnification), np.unique(label)
+    height = round(width * 460 / 700)
+    sheet = Image.new("RGB", (len(columns) * (width + 4), len(classes) * (height + 4)), "white")
+    for row, value in enumerate(classes):
+        person = patient[np.flatnonzero(label == value)[0]]
+        for column, m in enumerate(columns):
+            chosen = np.flatnonzero((patient == person) & (magnification == m))
+            if len(chosen):
+                image = ds[int(chosen[0])]["image"].convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+                sheet.paste(image, (column * (width + 4), row * (height + 4)))
+    sheet.save(path)
