@@ -83,7 +83,7 @@ def load_breakhis(
         The table. `image` (decoded on access), `label` (benign 0, malignant 1), `subtype` ("adenosis"),
         `magnification` (total optical: 40, 100, 200, 400), `mpp` (micrometres per pixel of the stored array, so a
         resized mirror has larger ones), `patient` ("14-22549": the biopsy's year and number, which sections share),
-        `slide` ("14-22549AB"), `filename`.
+        `slide` ("14-22549AB"), `filename`. Of a Parquet table made by `digital_zoom` or `rescale` also `rescaled`.
 
     Raises:
         FileNotFoundError: There is no such source, or no image in it.
@@ -290,7 +290,7 @@ def _read_table(source, kind: str, *, streaming: bool, num_proc: int | None):
     ds = datasets.concatenate_datasets(list(parts.values()))
     wanted = features()
     if all(ds.features.get(name) == wanted[name] for name in COLUMNS):
-        return ds.select_columns(list(COLUMNS))
+        return ds.select_columns(_shown(ds))
     if not isinstance(ds.features.get("image"), datasets.Image):
         raise ValueError(f"{source} has no column 'image' of images, only {', '.join(ds.column_names)}.")
     ds = ds.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
@@ -338,7 +338,7 @@ def _finished(raw: datasets.Dataset, source, on_error: str, drop_duplicate_slide
             "resized, it is wrong: use the original images.",
             stacklevel=3,
         )
-    ds = raw.select_columns(list(COLUMNS)).select(rows)
+    ds = raw.select_columns(_shown(raw)).select(rows)
     return without_duplicate_slide(ds) if drop_duplicate_slide else ds
 
 
@@ -364,7 +364,11 @@ def _finished_stream(raw: datasets.IterableDataset, on_error: str, drop_duplicat
         raw = raw.filter(usable, input_columns=["path", "problem"])
     if drop_duplicate_slide:
         raw = raw.filter(_is_no_ductal_copy, input_columns=["slide", "subtype"])
-    return raw.select_columns(list(COLUMNS))
+    return raw.select_columns(_shown(raw))
+
+
+def _shown(raw) -> list[str]:
+    return [name for name in raw.column_names if name in (*COLUMNS, "rescaled")]
 
 
 def is_ductal_copy(slide: str, subtype: str) -> bool:
