@@ -17,9 +17,15 @@ CONFIG = FitConfig(epochs=2, batch_size=8, image_size=32, learning_rate=1e-2)
 
 @pytest.fixture(autouse=True)
 def fresh_state():
+    """Accelerate's state is the process's: the launched ones would inherit that of the tests before."""
+
+    def reset():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        PartialState._reset_state()
+
+    reset()
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState._reset_state()
+    reset()
 
 
 @pytest.fixture(scope="module")
