@@ -29,7 +29,7 @@ from PIL import Image, ImageDraw, ImageFilter
 __all__ = ["Optics", "Patient", "load_virtual_slides", "native_mpp", "render_field", "virtual_field", "virtual_patient"]
 
 # Raise it whenever a pixel changes: cached folders of another version are then left alone and drawn anew.
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 SIDECAR = "virtual_slides.json"
 MAGNIFICATIONS = (40, 100, 200, 400)
 BENIGN = {"A": "adenosis", "F": "fibroadenoma", "PT": "phyllodes_tumor", "TA": "tubular_adenoma"}
@@ -66,7 +66,7 @@ class Patient:
         irregularity: Relative amplitude of the nuclear outline's harmonics.
         polarity: 1 where nuclei stand in rows along the basal side, pointing to the lumen; 0 where they lie anyhow.
         nucleoli: Share of nuclei with a prominent nucleolus.
-        mitoses: Share of epithelial cells in mitosis.
+        mitoses: Share of the dark bodies that are mitoses; the others are apoptotic.
         diameter: Mean diameter of epithelial nuclei.
         spacing: Mean distance of neighbouring epithelial nuclei.
         pitch: Distance of epithelial units.
@@ -186,8 +186,9 @@ class _Site:
 
 _ANGLES = np.arange(48) * (2 * np.pi / 48)
 _WHITE = (0.0, 0.0, 0.0, 0.0)
-DARK = 0.03
-CROWD, MARGIN = 0.14, 0.4
+DARK = 0.03  # share of nuclei that are dark bodies: apoptotic, or mitoses where the grade is high
+CROWD = 0.14  # how much less room a nucleus has at the highest grade
+MARGIN = 0.4  # of the width of a cell, kept free of nuclei along the borders of a gland or nest
 
 
 def _outline(rng, centre, radius, wobble, stretch=1.0, angle=0.0):
@@ -732,7 +733,7 @@ def load_virtual_slides(
     }
     if write_to is None:
         name = hashlib.sha256(json.dumps(parameters).encode()).hexdigest()[:16]
-        cache = Path(os.environ.get("MAGDG_CACHE", "~/.cache/magnification_invariant")).expanduser()
+        cache = Path(os.environ.get("MAGDG_CACHE") or "~/.cache/magnification_invariant").expanduser()
         root = cache / "virtual_slides" / name
     else:
         root = Path(write_to).expanduser()
