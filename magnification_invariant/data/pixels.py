@@ -115,8 +115,7 @@ class PixelCache:
         except ValueError:  # once the image is repaired, the cache has another name
             shutil.rmtree(unfinished)
             raise
-        pixels.flush()
-        rows.flush()
+        # Not flushed: what a power failure takes away, the checksums show.
         unfinished.rename(self.folder)
 
     def to(self, device) -> "PixelCache":
@@ -139,7 +138,7 @@ class PixelCache:
 
     def take(self, rows: torch.Tensor, device) -> torch.Tensor:
         """Rows of the cache as a uint8 tensor (len(rows), 3, height, width) on `device`."""
-        batch = self.pixels[rows.to(self.pixels.device)]
+        batch = self.pixels.index_select(0, rows.to(self.pixels.device))  # copies whole rows; indexing copies values
         if torch.device(device).type == "cuda" and not batch.is_cuda:
             batch = batch.pin_memory()
         return batch.to(device, non_blocking=True)
