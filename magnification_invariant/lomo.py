@@ -35,7 +35,7 @@ from filelock import FileLock, Timeout
 from magnification_invariant import metrics
 from magnification_invariant.data.augment import CROP_PCT, DRAWS, cache_height, input_mpp, random_view, view_height
 from magnification_invariant.data.pixels import PixelCache
-from magnification_invariant.data.splits import Split, assert_disjoint, leave_one_magnification_out
+from magnification_invariant.data.splits import Folds, Split, assert_disjoint, leave_one_magnification_out
 from magnification_invariant.engine import MEAN, STD, Diverged, FitConfig, TrainRows, fit, predict
 from magnification_invariant.model_folder import load_backbone, write_model_folder
 from magnification_invariant.records import evaluate, part_of, prediction_table, scores, write_json
@@ -62,6 +62,7 @@ class Cell:
         held_out: the magnification that is not trained on.
         fold: which group of patients is tested, of `n_folds` dealt by `split_seed`.
         seed: of initialisation, order and augmentation.
+        split: file of `data.Folds` to split by, instead of `n_folds` and `split_seed`.
         model: timm architecture; the method's own by default.
         recipe: of `RECIPES`.
         zoom: train with continuous zoom.
@@ -81,6 +82,7 @@ class Cell:
     seed: int = 0
     n_folds: int = 5
     split_seed: int = 0
+    split: str | None = None
     model: str | None = None
     recipe: str = "strong"
     zoom: bool = False
@@ -201,12 +203,18 @@ def is_finished(folder: Path, cell: Cell, ds) -> bool:
     if not (folder / "config.json").exists():
         return False
     found = json.loads((folder / "config.json").read_text())
-    wanted = {**asdict(cell), "data": table_digest(ds)}
+    wanted = _arguments(cell, ds)
     differing = {k: (found["arguments"].get(k), v) for k, v in wanted.items() if found["arguments"].get(k) != v}
     if differing:
         what = ", ".join(f"{k} was {old!r} and is now {new!r}" for k, (old, new) in differing.items())
         raise ValueError(f"{folder} holds a run of other arguments ({what}); choose another output folder or remove it")
     return (folder / "results.json").exists()
+
+
+def _arguments(cell: Cell, ds) -> dict:
+    """What a cell's records follow from: its arguments, and digests of the table and of the split file."""
+    digest = hashlib.sha256(Path(cell.split).read_bytes()).hexdigest()[:16] if cell.split else None
+    return asdict(cell) | {"data": table_digest(ds), "split_sha256": digest}
 
 
 def table_digest(ds) -> str:
@@ -229,9 +237,12 @@ def run_cell(cell: Cell, ds, folder: Path, *, accelerator=None) -> None:
 
         accelerator = Accelerator(mixed_precision=cell.mixed_precision)
     main = accelerator is None or accelerator.is_main_process
-    split = leave_one_magnification_out(
-        ds, cell.held_out, n_folds=cell.n_folds, fold=cell.fold, split_seed=cell.split_seed
-    )
+    if cell.split:
+        split = Folds.from_json(cell.split).split(ds, cell.held_out, cell.fold)
+    else:
+        split = leave_one_magnification_out(
+            ds, cell.held_out, n_folds=cell.n_folds, fold=cell.fold, split_seed=cell.split_seed
+        )
     assert_disjoint(split, ds)
     with accelerator.main_process_first() if accelerator else nullcontext():
         cache = PixelCache(ds, cache_height(cell.image_size, cell.fit_config.zoom))
@@ -431,7 +442,7 @@ def _config(cell: Cell, ds) -> dict:
         ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     )
     return {
-        "arguments": asdict(cell) | {"data": table_digest(ds)},
+        "arguments": _arguments(cell, ds),
         "recipe": recipe,
         "recipe_sha256": hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16],
         "threads": torch.get_num_threads(),

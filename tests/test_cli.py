@@ -31,6 +31,22 @@ def test_lomo_trains_tests_and_prints_the_table(breakhis_tree, tmp_path, capsys)
     assert capsys.readouterr().out.count("skipped") == 4
 
 
+def test_lomo_splits_by_the_file_that_split_wrote(breakhis_tree, tmp_path, capsys):
+    file, runs = tmp_path / "split.json", tmp_path / "runs"
+    data = ["--data", str(breakhis_tree)]
+    assert main(["split", *data[1:], "--out", str(file), "--n-folds", "4", "--split-seed", "7"]) == 0
+    command = ["lomo", *data, "--held-out", "40", "--folds", "1", "--methods", "erm", "--epochs", "1", *SMALL]
+    assert main([*command, "--split", str(file), "--output-dir", str(runs)]) == 0
+    dealt = main([*command, "--split-seed", "7", "--output-dir", str(tmp_path / "dealt")])
+    assert dealt == 0
+    name = "erm-lomo40-fold1-seed0/predictions.parquet"
+    assert (runs / name).read_bytes() == (tmp_path / "dealt" / name).read_bytes()
+    file.write_text(file.read_text() + " ")
+    capsys.readouterr()
+    assert main([*command, "--split", str(file), "--output-dir", str(runs)]) == 2
+    assert "split_sha256 was" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

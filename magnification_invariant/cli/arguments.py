@@ -31,6 +31,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--learning-rate", type=float, default=1e-3, help="default: %(default)s")
     add("--n-folds", type=_positive, default=5, help="groups of patients; default: %(default)s")
     add("--split-seed", type=int, default=0, help="deals patients to groups; default: %(default)s")
+    add("--split", metavar="FILE", help="split by the folds that `magdg split` wrote there instead")
     add("--threads", type=_positive, default=max(1, os.cpu_count() or 1), help="CPU threads; default: %(default)s")
     add("--embedding", choices=("penultimate", "pyramid"), default="penultimate", help="what signatures are made of")
     add("--mixed-precision", choices=("no", "bf16", "fp16"), default="no", help="default: %(default)s")
@@ -52,7 +53,7 @@ def cell_arguments(args: argparse.Namespace) -> dict:
     """The arguments of `lomo.Cell` that are the same for a whole grid."""
     shared = ("model", "recipe", "zoom", "epochs", "batch_size", "learning_rate", "n_folds", "split_seed", "threads")
     shared += ("embedding", "pretrained_backbone", "allow_seen_init", "mixed_precision", "compile")
-    shared += ("label_smoothing", "coeff", "coeff_schedule", "gan_epochs")
+    shared += ("split", "label_smoothing", "coeff", "coeff_schedule", "gan_epochs")
     size = args.image_size or (64 if args.data == VIRTUAL else 224)
     return {name: getattr(args, name) for name in shared} | {"image_size": size}
 

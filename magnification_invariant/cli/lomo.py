@@ -22,6 +22,7 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
+    from magnification_invariant.data import Folds
     from magnification_invariant.lomo import grid, run_grid
     from magnification_invariant.report.table import markdown, summarise
     from magnification_invariant.tasks import get_task
@@ -30,7 +31,7 @@ def run(args) -> int:
         get_task(method)
     ds = load_data(args.data)
     held_outs = args.held_out or sorted(set(ds["magnification"]))
-    folds = args.folds or range(args.n_folds)
+    folds = args.folds or range(len(Folds.from_json(args.split).folds) if args.split else args.n_folds)
     cells = grid(args.methods, held_outs, folds, args.seeds, **cell_arguments(args))
     finished = run_grid(cells, ds, args.output_dir, workers=args.workers)
     print(markdown(summarise(finished)))
