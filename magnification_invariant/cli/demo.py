@@ -8,7 +8,7 @@ HELD_OUT = 200
 
 def add_arguments(parser) -> None:
     parser.add_argument("--output-dir", type=Path, default=Path("demo"), help="default: %(default)s")
-    parser.add_argument("--epochs", type=int, default=8, help="default: %(default)s")
+    parser.add_argument("--epochs", type=int, default=9, help="default: %(default)s")
     parser.add_argument("--image-size", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
 
@@ -29,13 +29,14 @@ def run(args) -> int:
         "These are VIRTUAL slides: procedural drawings of H&E, not patients. They show that the path works; they say\n"
         "nothing about breast cancer. For real images: magdg lomo --data path/to/BreaKHis_v1\n"
     )
-    ds = load_virtual_slides(60, size=(350, 230))  # half of BreaKHis' pixels are enough at this input size
+    ds = load_virtual_slides(100, size=(350, 230))  # half of BreaKHis' pixels are enough at this input size
     cells = grid(
         ["erm", "dann"],
         [HELD_OUT],
         [0],
         [args.seed],
         epochs=args.epochs,
+        batch_size=16,  # few images: more steps from them
         image_size=args.image_size,
         threads=os.cpu_count(),
     )
