@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from magnification_invariant import metrics
 
@@ -50,6 +52,12 @@ def prediction_table(
     table["logits"] = list(np.asarray(logits, np.float32))
     table["probability"] = softmax(np.asarray(logits, np.float64))[:, POSITIVE]
     return pa.table(table | {name: [value] * len(rows) for name, value in constants.items()})
+
+
+def last_epoch(folder: Path) -> pa.Table:
+    """Predictions of a finished cell after its last epoch, the one that counts."""
+    records = pq.read_table(Path(folder) / "predictions.parquet")
+    return records.filter(pc.equal(records["epoch"], pc.max(records["epoch"])))
 
 
 def part_of(records: pa.Table, part: str, temperature: float = 1.0) -> dict[str, np.ndarray]:

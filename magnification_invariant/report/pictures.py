@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import safetensors.numpy
 
 from magnification_invariant import metrics
-from magnification_invariant.records import part_of
+from magnification_invariant.records import last_epoch, part_of
 
 CLASS_COLOURS = ("#2c7fb8", "#d95f0e")  # benign, malignant
 
@@ -30,8 +29,7 @@ def reliability(folders: Iterable[Path], path: Path, part: str = "test") -> None
     figure, axes = _figure(len(folders))
     for axis, folder in zip(axes, folders, strict=True):
         results = json.loads((folder / "results.json").read_text())
-        records = pq.read_table(folder / "predictions.parquet")
-        records = records.filter(pc.equal(records["epoch"], pc.max(records["epoch"])))
+        records = last_epoch(folder)
         axis.plot([0, 1], [0, 1], color="0.7", lw=1)
         for temperature, label, colour in ((1.0, "as trained", "0.5"), (results["temperature"], "scaled", "#31a354")):
             p = part_of(records, part, temperature)
@@ -64,8 +62,7 @@ def embedding_map(folder: Path, path: Path) -> None:
     parts = ("test", "test_source")
     points = np.concatenate([tensors[f"{part}.embedding"] for part in parts])
     points = (points - train.mean(0)) @ axes_[:2].T
-    records = pq.read_table(Path(folder) / "predictions.parquet")
-    records = records.filter(pc.equal(records["epoch"], pc.max(records["epoch"])))
+    records = last_epoch(folder)
     shown = {
         name: np.concatenate([np.asarray(records.filter(pc.equal(records["part"], part))[name]) for part in parts])
         for name in ("label", "domain", "held_out")

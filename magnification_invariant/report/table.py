@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from magnification_invariant.metrics.evaluate_modules import combined
-from magnification_invariant.records import part_of
+from magnification_invariant.records import last_epoch, part_of
 
 WEIGHTINGS = {"patient_balanced": "each image weighs 1/n of its patient", "image": "each image weighs the same"}
 
@@ -38,8 +37,7 @@ def _row(method: str, held_out: int, cells: list, part: str) -> dict:
     intervals, marks = [], set()
     for folder, config in cells:
         results = json.loads((folder / "results.json").read_text())
-        records = pq.read_table(folder / "predictions.parquet")
-        records = records.filter(pc.equal(records["epoch"], pc.max(records["epoch"])))
+        records = last_epoch(folder)
         tested = part_of(records, part, results["temperature"])
         for weighting in WEIGHTINGS:
             scores = combined(patient_balanced=weighting == "patient_balanced").compute(
