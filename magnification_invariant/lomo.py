@@ -108,6 +108,18 @@ class Cell:
         return f"{method}{zoom}-lomo{self.held_out}-fold{self.fold}-seed{self.seed}"
 
     @property
+    def frozen(self) -> dict:
+        """All that training follows from but the data, the split, the seed and the machine."""
+        apart = {"held_out", "fold", "seed", "n_folds", "split_seed", "split", "threads"}
+        arguments = asdict(self) | asdict(self.fit_config) | {"temperature": RECIPES[self.recipe]["temperature"]}
+        return {name: value for name, value in arguments.items() if name not in apart}
+
+    @property
+    def recipe_sha256(self) -> str:
+        """Of `frozen`: the same for all cells of one row of a table, and known before any of them runs."""
+        return hashlib.sha256(json.dumps(self.frozen, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
     def fit_config(self) -> FitConfig:
         recipe = RECIPES[self.recipe]
         return FitConfig(
@@ -437,14 +449,13 @@ def _create_task(cell: Cell, ds, num_domains: int, tested: set[str]) -> tuple[Ta
 
 
 def _config(cell: Cell, ds) -> dict:
-    recipe = asdict(cell.fit_config) | {"temperature": RECIPES[cell.recipe]["temperature"]}
     git = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     )
     return {
         "arguments": _arguments(cell, ds),
-        "recipe": recipe,
-        "recipe_sha256": hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16],
+        "recipe": cell.frozen,
+        "recipe_sha256": cell.recipe_sha256,
         "threads": torch.get_num_threads(),
         "versions": {
             "python": platform.python_version(),
