@@ -20,7 +20,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -74,6 +74,7 @@ class Cell:
         mixed_precision: "no", "bf16" or "fp16".
         compile: see `engine.FitConfig`.
         label_smoothing, coeff, coeff_schedule, gan_epochs: handed to the methods that have them, see `tasks`.
+        options: further options of the method by name, numbers or words, see `own_options`.
     """
 
     method: str
@@ -90,6 +91,7 @@ class Cell:
     image_size: int = 224
     batch_size: int = 32
     learning_rate: float = 1e-3
+    weight_decay: float = 0.05
     threads: int = 1
     pretrained_backbone: str | None = None
     allow_seen_init: bool = False
@@ -100,6 +102,7 @@ class Cell:
     coeff: float = 1.0
     coeff_schedule: str = "dann"
     gan_epochs: int = 200
+    options: dict = field(default_factory=dict, hash=False)
 
     @property
     def name(self) -> str:
@@ -126,6 +129,7 @@ class Cell:
             epochs=self.epochs,
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
             image_size=self.image_size,
             zoom=ZOOM if self.zoom else 1.0,
             stain=recipe["stain"],
@@ -135,13 +139,33 @@ class Cell:
         )
 
 
+def own_options(method: str) -> set[str]:
+    """Names of the options of a method that are no argument of `Cell`, but keys of its `options`."""
+    return set() if method in FLOORS else set(get_task(method).options) - {f.name for f in fields(Cell)}
+
+
 def grid(
-    methods: Iterable[str], held_outs: Iterable[int], folds: Iterable[int], seeds: Iterable[int], **arguments
+    methods: Iterable[str],
+    held_outs: Iterable[int],
+    folds: Iterable[int],
+    seeds: Iterable[int],
+    options: dict | None = None,
+    **arguments,
 ) -> list[Cell]:
-    """The cells of method x held-out x fold x seed, with the floors of every (held-out, fold) in front."""
-    folds, seeds = list(folds), list(seeds)
+    """The cells of method x held-out x fold x seed, with the floors of every (held-out, fold) in front.
+
+    Args:
+        options: each is handed to the methods that have it.
+
+    Raises:
+        ValueError: an option that none of the methods has.
+    """
+    methods, folds, seeds, options = list(methods), list(folds), list(seeds), options or {}
+    owned = {method: {k: v for k, v in options.items() if k in own_options(method)} for method in (*FLOORS, *methods)}
+    if unknown := set(options) - {name for own in owned.values() for name in own}:
+        raise ValueError(f"{', '.join(methods)}: none has the option {', '.join(sorted(unknown))}")
     cells = [
-        Cell(method, held_out, fold, seed, **arguments)
+        Cell(method, held_out, fold, seed, options=owned[method], **arguments)
         for held_out, fold in product(held_outs, folds)
         for method, seed in [*((floor, 0) for floor in FLOORS), *product(methods, seeds)]
     ]
@@ -444,7 +468,11 @@ def _create_task(cell: Cell, ds, num_domains: int, tested: set[str]) -> tuple[Ta
     for name, value in sorted(model.state_dict().items()):
         if not name.startswith("domain_head."):
             digest.update(name.encode() + value.numpy().tobytes())
-    options = {name: getattr(cell, name) for name in method.options}
+    own = own_options(cell.method)
+    if unknown := set(cell.options) - own:
+        has = f"its options are {', '.join(sorted(own))}" if own else "it has none"
+        raise ValueError(f"{cell.method} has no option {', '.join(sorted(unknown))}: {has}")
+    options = {name: getattr(cell, name) for name in method.options if name not in own} | cell.options
     return method(model, **options), start | {"initial_sha256": digest.hexdigest()}
 
 

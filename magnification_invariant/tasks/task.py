@@ -37,7 +37,7 @@ class Task(nn.Module):
     """
 
     arch = ""
-    options: tuple[str, ...] = ("label_smoothing",)  # of `lomo.Cell`, for the constructor
+    options: tuple[str, ...] = ("label_smoothing",)  # of the constructor: what a user may set
 
     def __init__(self, model: nn.Module, *, label_smoothing: float = 0.0):
         super().__init__()
