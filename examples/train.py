@@ -10,7 +10,14 @@ import argparse
 
 from accelerate import Accelerator
 
-from magnification_invariant.cli.arguments import add_data_argument, add_training_arguments, cell_arguments, load_data
+from magnification_invariant.cli.arguments import (
+    add_data_argument,
+    add_training_arguments,
+    cell_arguments,
+    held_out_domains,
+    load_data,
+)
+from magnification_invariant.data import describe
 from magnification_invariant.lomo import FLOORS, Cell, run_grid
 from magnification_invariant.report.table import markdown, summarise
 from magnification_invariant.tasks import TASKS
@@ -20,7 +27,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_argument(parser)
     parser.add_argument("--method", help=f"{', '.join(TASKS)} or module:Class; default: dann, or what --model is for")
-    parser.add_argument("--held-out", type=int, default=200, help="magnification to test on (default: 200)")
+    parser.add_argument("--held-out", default="200", help="magnification (or scanner, ...) to test on (default: 200)")
     parser.add_argument("--fold", type=int, default=0, help="group of patients to test on (default: 0)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--expect-processes", type=int, help="stop unless this many processes take part")
@@ -51,10 +58,12 @@ def main() -> None:
     )
 
     with accelerator.main_process_first():  # the slides are drawn, or the folder is read, once
-        ds = load_data(args.data)
+        ds = load_data(args)
+    held_out = held_out_domains(ds, [args.held_out])[0]
+    accelerator.print(describe(ds))
     arguments = cell_arguments(args)
-    cells = [Cell(method, args.held_out, args.fold, seed=0, **arguments) for method in FLOORS]
-    cells += [Cell(args.method, args.held_out, args.fold, args.seed, **arguments)]
+    cells = [Cell(method, held_out, args.fold, seed=0, **arguments) for method in FLOORS]
+    cells += [Cell(args.method, held_out, args.fold, args.seed, **arguments)]
     finished = run_grid(cells, ds, args.output_dir, accelerator=accelerator, say=accelerator.print)
 
     if accelerator.is_main_process:

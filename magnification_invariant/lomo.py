@@ -1,5 +1,7 @@
 """The protocol: leave one magnification out, patients disjoint. A resumable grid of cells, each a folder of records.
 
+The table is one of `data.load_breakhis`, or of `data.load_table`, of which any other domain is left out (a scanner).
+
 A cell is one method trained once. Its folder holds
 
 - ``config.json``: arguments, recipe, versions, git revision, thread count, sha256 of the initial weights;
@@ -14,6 +16,7 @@ A cell is one method trained once. Its folder holds
 import hashlib
 import json
 import platform
+import re
 import shutil
 import subprocess
 import time
@@ -35,7 +38,14 @@ from filelock import FileLock, Timeout
 from magnification_invariant import metrics
 from magnification_invariant.data.augment import CROP_PCT, DRAWS, cache_height, input_mpp, random_view, view_height
 from magnification_invariant.data.pixels import PixelCache
-from magnification_invariant.data.splits import Folds, Split, assert_disjoint, leave_one_magnification_out
+from magnification_invariant.data.splits import (
+    Folds,
+    Split,
+    assert_disjoint,
+    domain_column,
+    domain_name,
+    leave_one_domain_out,
+)
 from magnification_invariant.engine import MEAN, STD, Diverged, FitConfig, TrainRows, fit, predict
 from magnification_invariant.model_folder import load_backbone, write_model_folder
 from magnification_invariant.records import evaluate, part_of, prediction_table, scores, write_json
@@ -50,7 +60,7 @@ RECIPES = {
 ZOOM = 2.5  # the widest step between neighbouring magnifications of BreaKHis, 40X to 100X
 FLOORS = ("constant", "colour")  # what needs no network; they stand in every table
 PARTS = ("val", "test", "test_source")
-COLUMNS = {"filename": "filename", "patient": "patient", "slide": "slide", "magnification": "domain", "label": "label"}
+COLUMNS = ("filename", "patient", "slide", "label")
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,7 @@ class Cell:
 
     Attributes:
         method: of `tasks.TASKS`, ``module:Class``, or one of `FLOORS`.
-        held_out: the magnification that is not trained on.
+        held_out: the magnification, or other domain, that is not trained on.
         fold: which group of patients is tested, of `n_folds` dealt by `split_seed`.
         seed: of initialisation, order and augmentation.
         split: file of `data.Folds` to split by, instead of `n_folds` and `split_seed`.
@@ -78,7 +88,7 @@ class Cell:
     """
 
     method: str
-    held_out: int
+    held_out: int | str
     fold: int = 0
     seed: int = 0
     n_folds: int = 5
@@ -108,7 +118,14 @@ class Cell:
     def name(self) -> str:
         method = self.method.replace(":", ".")
         zoom = "-zoom" if self.zoom and self.method not in FLOORS else ""
-        return f"{method}{zoom}-lomo{self.held_out}-fold{self.fold}-seed{self.seed}"
+        return f"{method}{zoom}-{self.left_out}-fold{self.fold}-seed{self.seed}"
+
+    @property
+    def left_out(self) -> str:
+        """What is held out, as a part of the names of files and models: "lomo200", "lodo-scanner_b"."""
+        if isinstance(self.held_out, str):
+            return "lodo-" + re.sub(r"[^\w.-]+", "_", self.held_out)
+        return f"lomo{self.held_out}"
 
     @property
     def frozen(self) -> dict:
@@ -254,8 +271,8 @@ def _arguments(cell: Cell, ds) -> dict:
 
 
 def table_digest(ds) -> str:
-    """Identifies a table by its rows' names, labels, patients and magnifications."""
-    columns = zip(*(ds[name] for name in ("filename", "label", "patient", "magnification")), strict=True)
+    """Identifies a table by its rows' names, labels, patients and domains."""
+    columns = zip(*(ds[name] for name in ("filename", "label", "patient", domain_column(ds))), strict=True)
     return hashlib.sha256(json.dumps(list(columns)).encode()).hexdigest()[:16]
 
 
@@ -276,14 +293,27 @@ def run_cell(cell: Cell, ds, folder: Path, *, accelerator=None) -> None:
     if cell.split:
         split = Folds.from_json(cell.split).split(ds, cell.held_out, cell.fold)
     else:
-        split = leave_one_magnification_out(
-            ds, cell.held_out, n_folds=cell.n_folds, fold=cell.fold, split_seed=cell.split_seed
+        split = leave_one_domain_out(
+            ds,
+            cell.held_out,
+            n_folds=cell.n_folds,
+            fold=cell.fold,
+            split_seed=cell.split_seed,
+            domain_column=domain_column(ds),
         )
     assert_disjoint(split, ds)
     with accelerator.main_process_first() if accelerator else nullcontext():
         cache = PixelCache(ds, cache_height(cell.image_size, cell.fit_config.zoom))
-    columns = {name: np.asarray(ds[column]) for column, name in COLUMNS.items()}
+    columns = {name: np.asarray(ds[name]) for name in COLUMNS}
+    columns["domain"] = np.asarray(ds[domain_column(ds)])
     columns["mpp"] = input_mpp(cache.mpp, cache.height, cell.image_size)
+    columns["rescaled"] = np.asarray(ds["rescaled"] if "rescaled" in ds.column_names else np.zeros(len(ds)), bool)
+    unknown = np.isnan(columns["mpp"])
+    if cell.zoom and unknown.any():
+        raise ValueError(
+            f"continuous zoom states the micrometres per pixel it covers, and {unknown.sum()} images have none (first: "
+            f"{columns['filename'][unknown][0]}): give the table a column 'mpp', or train without zoom"
+        )
     if cache.height < view_height(cell.image_size):
         raise ValueError(
             f"an image size of {cell.image_size} needs images of {view_height(cell.image_size)} pixels on the short "
@@ -314,7 +344,8 @@ def _run_floor(cell: Cell, ds, folder: Path, split: Split, cache: PixelCache, co
     logits = {part: np.stack([np.zeros_like(s), s], 1) for part, s in score.items()}
     records = _records(cell, columns, split, 0, logits)
     pq.write_table(records, folder / "predictions.parquet")
-    write_json(folder / "results.json", {"temperature": 1.0, "parts": evaluate(records)})
+    results = {"temperature": 1.0, "parts": evaluate(records), "rescaled": _rescaled(columns, split)}
+    write_json(folder / "results.json", results)
 
 
 def _colour_statistics(cache: PixelCache, rows: np.ndarray) -> np.ndarray:
@@ -386,6 +417,7 @@ def _run_network(cell: Cell, ds, folder: Path, split: Split, cache: PixelCache, 
         "parts": evaluate(tables[-1], temperature),
         "uncalibrated": evaluate(tables[-1]),
         "signature": signature_results,
+        "rescaled": _rescaled(columns, split),
         **prepared,
     }
     _write_model(cell, ds, folder, model, columns, split, results, signature)
@@ -422,7 +454,7 @@ def _prepare(
             input_mpp(cache.mpp[index], cache.height, size),
         )
 
-    record, pictures = task.prepare(rows, fit_first, view, ds.features["label"].names, [f"{d}X" for d in domains])
+    record, pictures = task.prepare(rows, fit_first, view, ds.features["label"].names, [domain_name(d) for d in domains])
     if accelerator.is_main_process:
         for name, picture in pictures.items():
             picture.save(folder / name)
@@ -457,9 +489,8 @@ def _create_task(cell: Cell, ds, num_domains: int, tested: set[str]) -> tuple[Ta
         magnification = cell.held_out in (start["magnifications"] or [])
         start["saw_test"] = bool(seen or magnification)
         if start["saw_test"] and not cell.allow_seen_init:
-            what = [f"patients {', '.join(seen[:5])}"] * bool(seen) + [
-                f"the magnification {cell.held_out}"
-            ] * magnification
+            what = [f"patients {', '.join(seen[:5])}"] * bool(seen)
+            what += [f"the {domain_column(ds)} {cell.held_out}"] * magnification
             raise ValueError(
                 f"the weights {cell.pretrained_backbone} have seen {' and '.join(what)}, which this cell validates or "
                 "tests on; start from others, or pass --allow-seen-init, which marks the result in every table"
@@ -501,11 +532,16 @@ def _records(cell: Cell, columns: dict, split: Split, epoch: int, logits: dict[s
     )
 
 
+def _rescaled(columns: dict, split: Split) -> dict[str, int]:
+    """How many images of each part were resampled from another scale (digital zoom) and not photographed at theirs."""
+    return {part: int(columns["rescaled"][getattr(split, part)].sum()) for part in ("train", *PARTS)}
+
+
 def _signature(embeddings: dict, split: Split, columns: dict) -> tuple[SparseSignature | None, dict]:
     """The signature of the training embeddings, how well it does itself, and how far refits of it agree.
 
-    The refits leave out one training magnification each, on the one backbone: indices mean the same in all. A
-    representation that has collapsed has no signature; that is a result, not an error.
+    The refits leave out one training domain each, or, of a single one, halves of the patients, on the one backbone:
+    indices mean the same in all. A representation that has collapsed has no signature; that is a result, not an error.
     """
     label, patient = columns["label"], columns["patient"]
     try:
@@ -519,8 +555,14 @@ def _signature(embeddings: dict, split: Split, columns: dict) -> tuple[SparseSig
         )
     except ValueError as error:
         return None, {"size": 0, "width": embeddings["train"].shape[1], "why_none": str(error)}
+    domains = columns["domain"][split.train]
     stability = refit_stability(
-        signature, embeddings["train"], label[split.train], columns["domain"][split.train], patient[split.train]
+        signature,
+        embeddings["train"],
+        label[split.train],
+        domains,
+        patient[split.train],
+        n_subsamples=10 if (domains == domains[0]).all() else 0,
     )
     test = scores(label[split.test], signature.predict_proba(embeddings["test"])[:, 1], patient[split.test])
     return signature, {
@@ -535,17 +577,18 @@ def _signature(embeddings: dict, split: Split, columns: dict) -> tuple[SparseSig
 def _write_model(cell, ds, folder, model, columns, split, results, signature) -> None:
     size, mpp = cell.image_size, columns["mpp"][split.train]
     zoom = cell.fit_config.zoom
-    name = f"{cell.model or get_task(cell.method).arch}.lomo{cell.held_out}"
+    name = f"{cell.model or get_task(cell.method).arch}.{cell.left_out}"
     trained = np.concatenate([split.train, split.val])
     about = {
         "temperature": results["temperature"],
-        "mpp_source": sorted({round(float(m), 6) for m in np.asarray(ds["mpp"])[split.train]}),
-        "mpp_range": [float(mpp.min() / zoom), float(mpp.max() * zoom)],
+        "mpp_source": sorted({round(float(m), 6) for m in np.asarray(ds["mpp"], float)[split.train] if m == m}),
         "seen": {
             "patients": sorted(set(columns["patient"][trained])),
-            "magnifications": sorted({int(m) for m in columns["domain"][trained]}),
+            "magnifications": np.unique(columns["domain"][trained]).tolist(),
         },
     }
+    if not np.isnan(mpp).any():  # else nothing is stated: a range of the others would leave images out
+        about["mpp_range"] = [float(mpp.min() / zoom), float(mpp.max() * zoom)]
     data_config = {
         "input_size": [3, size, size],
         "mean": MEAN,
@@ -555,12 +598,12 @@ def _write_model(cell, ds, folder, model, columns, split, results, signature) ->
         "crop_mode": "center",
     }
     labels = ds.features["label"].names
-    text = f"Trained by {cell.method} (recipe {cell.recipe}) with {cell.held_out}X held out, fold {cell.fold}."
+    text = f"Trained by {cell.method} (recipe {cell.recipe}) with {domain_name(cell.held_out)} held out, fold {cell.fold}."
     target = write_model_folder(
         folder / "model", model, name=name, label_names=labels, data_config=data_config, about=about, text=text
     )
     if signature is not None:
-        known = {"class_names": labels, "embedding": cell.embedding, "source": name, "mpp_range": about["mpp_range"]}
+        known = {"class_names": labels, "embedding": cell.embedding, "source": name, "mpp_range": about.get("mpp_range")}
         known["stability"] = {k: v for k, v in results["signature"].items() if k != "test"}
         SignatureProjector.from_signature(signature, **known).save_pretrained(target)
     shutil.copy(folder / "predictions.parquet", target)

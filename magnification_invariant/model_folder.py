@@ -91,7 +91,7 @@ def write_model_folder(
     (unfinished / "config.json").write_text(json.dumps(config, indent=2))
     safetensors.torch.save_file(plain_state_dict(model), unfinished / "model.safetensors", {"format": "pt"})
     size = int(data_config["input_size"][-1] / data_config["crop_pct"])
-    low, high = about["mpp_range"]
+    low, high = about.get("mpp_range", (1.0, 1.0))  # where the scale is not known, any will do for the fixture
     card = CARD.format(
         name=name,
         text=text,

@@ -43,7 +43,7 @@ def prediction_table(
     """Predictions of `rows`, one a line.
 
     Args:
-        columns: of the whole table: filename, patient, slide, domain, mpp (at the network's input), label.
+        columns: of the whole table: filename, patient, slide, domain, mpp (at the network's input), label, rescaled.
         rows: row indices (n,).
         logits: (n, classes), uncalibrated.
         constants: further columns of one value: part, epoch, fold, held_out, method, seed.

@@ -172,12 +172,12 @@ def test_labels_of_the_test_reach_nothing(ds, finished, tmp_path):
     unseen = np.setdiff1d(np.arange(32), np.concatenate([split.train, split.val]))
     label[unseen] = 1 - label[unseen]
     flipped = ds.remove_columns("label").add_column("label", label.tolist()).cast_column("label", ds.features["label"])
-    original = lomo.leave_one_magnification_out
-    lomo.leave_one_magnification_out = lambda *args, **kwargs: split
+    original = lomo.leave_one_domain_out
+    lomo.leave_one_domain_out = lambda *args, **kwargs: split
     try:
         run_cell(CELL, flipped, tmp_path / "flipped")
     finally:
-        lomo.leave_one_magnification_out = original
+        lomo.leave_one_domain_out = original
     assert same_weights(finished, tmp_path / "flipped")
     name = "model/signature.safetensors"
     assert (finished / name).read_bytes() == (tmp_path / "flipped" / name).read_bytes()

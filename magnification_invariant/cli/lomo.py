@@ -1,6 +1,12 @@
-"""Leave one magnification out: train and test every method x held-out x fold x seed, and print the table."""
+"""Leave one magnification (or scanner, ...) out: train and test every method x held-out x fold x seed, print a table."""
 
-from magnification_invariant.cli.arguments import add_data_argument, add_training_arguments, cell_arguments, load_data
+from magnification_invariant.cli.arguments import (
+    add_data_argument,
+    add_training_arguments,
+    cell_arguments,
+    held_out_domains,
+    load_data,
+)
 
 HELP = "train and test methods on a magnification they never saw"
 
@@ -14,7 +20,7 @@ def add_arguments(parser) -> None:
         metavar="METHOD",
         help="erm, dann, gan, degraded or module:Class; default: erm dann",
     )
-    parser.add_argument("--held-out", nargs="+", type=int, help="default: every magnification in turn")
+    parser.add_argument("--held-out", nargs="+", metavar="DOMAIN", help="default: every magnification in turn")
     parser.add_argument("--folds", nargs="+", type=int, help="which groups of patients to test; default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="default: 0")
     parser.add_argument("--workers", type=int, default=1, help="cells at a time, each in a process; default: 1")
@@ -22,15 +28,16 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    from magnification_invariant.data import Folds
+    from magnification_invariant.data import Folds, describe
     from magnification_invariant.lomo import grid, run_grid
     from magnification_invariant.report.table import markdown, summarise
     from magnification_invariant.tasks import get_task
 
     for method in args.methods:
         get_task(method)
-    ds = load_data(args.data)
-    held_outs = args.held_out or sorted(set(ds["magnification"]))
+    ds = load_data(args)
+    held_outs = held_out_domains(ds, args.held_out)
+    print(describe(ds))
     folds = args.folds or range(len(Folds.from_json(args.split).folds) if args.split else args.n_folds)
     cells = grid(args.methods, held_outs, folds, args.seeds, **cell_arguments(args))
     finished = run_grid(cells, ds, args.output_dir, workers=args.workers)

@@ -8,6 +8,8 @@ from importlib import import_module
 _PUBLIC = {
     "load_breakhis": "breakhis",
     "BreaKHis": "breakhis_builder",
+    "load_table": "table",
+    "describe": "table",
     "verify": "verification",
     "to_parquet": "parquet",
     "load_virtual_slides": "virtual_slides",

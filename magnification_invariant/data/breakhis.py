@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from magnification_invariant.data.images import SUFFIXES, check
 from magnification_invariant.data.published import MAGNIFICATIONS
+from magnification_invariant.data.table import read_all
 
 if TYPE_CHECKING:
     import datasets
@@ -273,21 +274,13 @@ def _read_with_builder(source, *, streaming: bool, num_proc: int | None):
 def _read_table(source, kind: str, *, streaming: bool, num_proc: int | None):
     """A table with the columns of `features` as it is; of any other with named images, raw rows by these names."""
     import datasets
-    import pyarrow
 
     options = {"streaming": streaming, "num_proc": None if streaming else num_proc}
-    try:
-        if kind == "parquet":
-            parts = datasets.load_dataset("parquet", data_files=parquet_files(Path(source)), **options)
-        else:
-            repo, _, revision = str(source).partition("@")
-            parts = datasets.load_dataset(repo, revision=revision or None, **options)
-    except (datasets.exceptions.DatasetGenerationError, pyarrow.ArrowInvalid) as error:
-        why = error.__cause__ or error
-        raise ValueError(f"{source} cannot be read ({why}); write or download it again.") from error
-    except (datasets.exceptions.DatasetNotFoundError, ConnectionError) as error:
-        raise FileNotFoundError(f"{source} is neither here nor a Hub dataset that can be read: {error}") from error
-    ds = datasets.concatenate_datasets(list(parts.values()))
+    if kind == "parquet":
+        ds = read_all(source, "parquet", data_files=parquet_files(Path(source)), **options)
+    else:
+        repo, _, revision = str(source).partition("@")
+        ds = read_all(source, repo, revision=revision or None, **options)
     wanted = features()
     if all(ds.features.get(name) == wanted[name] for name in COLUMNS):
         return ds.select_columns(_shown(ds))

@@ -19,6 +19,16 @@ import numpy as np
 PARTS = ("train", "val", "test", "test_source")
 
 
+def domain_column(ds) -> str:
+    """The column that says the domain: `load_table`'s "domain", or "magnification" of `load_breakhis`."""
+    return "domain" if "domain" in ds.column_names else "magnification"
+
+
+def domain_name(domain: int | str) -> str:
+    """What to call a domain where people read: "200X" for a magnification, which is a whole number, or its own name."""
+    return domain if isinstance(domain, str) else f"{domain}X"
+
+
 @dataclass(frozen=True, eq=False)
 class Split:
     """Rows of a table, int64, and what they follow from.
@@ -60,7 +70,7 @@ class Split:
         Raises:
             ValueError: The split takes only some of a patient's rows, so patients do not describe it.
         """
-        groups = _column(ds, self.group_column)
+        groups = column_values(ds, self.group_column)
         patients = {
             "train": _distinct(groups, self.train),
             "val": _distinct(groups, self.val),
@@ -97,7 +107,7 @@ class Split:
         twice = [patient for patient, n in Counter(stored).items() if n > 1]
         if twice:
             raise ValueError(f"{path} has patients in more than one part: {_some(twice)}.")
-        there = set(_column(ds, about["group_column"]))
+        there = set(column_values(ds, about["group_column"]))
         missing, new = set(stored) - there, there - set(stored)
         if missing or new:
             raise ValueError(
@@ -148,7 +158,7 @@ class Folds:
             domain_column=self.domain_column,
             group_column=self.group_column,
         )
-        labels = _column(ds, self.label_column)
+        labels = column_values(ds, self.label_column)
         for part in PARTS:
             lacking = sorted(set(labels) - {labels[i] for i in getattr(split, part)})
             if lacking:
@@ -203,7 +213,7 @@ def deal_folds(
     """
     if n_folds < 3:
         raise ValueError(f"n_folds is {n_folds}; training, validation and test need at least 3 groups of patients.")
-    labels, domains, groups = (_column(ds, name) for name in (label_column, domain_column, group_column))
+    labels, domains, groups = (column_values(ds, name) for name in (label_column, domain_column, group_column))
     if len(set(domains)) == 1:
         raise ValueError(f"Every row has {domain_column} {domains[0]!r}; holding it out leaves nothing to train on.")
     classes = _classes(groups, labels)
@@ -240,7 +250,7 @@ def official_folds(ds, *, split_seed: int = 0) -> Folds:
     from magnification_invariant.data.breakhis import SUBTYPES
     from magnification_invariant.data.published import OFFICIAL_FOLDS, slides
 
-    columns = [_column(ds, name) for name in ("subtype", "slide", "patient", "label")]
+    columns = [column_values(ds, name) for name in ("subtype", "slide", "patient", "label")]
     rows = set(zip(*columns, strict=True))
     tested = {(SUBTYPES[slide.code[2:]], slide.slide): slide.tested for slide in slides()}
     unknown = {slide for subtype, slide, _, _ in rows if (subtype, slide) not in tested}
@@ -319,7 +329,7 @@ def assert_disjoint(split: Split, ds) -> None:
         ValueError: Rows are out of range or taken twice, patients are in more than one of train, val and test (with
             test_source), the held-out domain is in train, val or test_source, or another one is in test.
     """
-    groups, domains = _column(ds, split.group_column), _column(ds, split.domain_column)
+    groups, domains = column_values(ds, split.group_column), column_values(ds, split.domain_column)
     rows = np.concatenate([getattr(split, part) for part in PARTS])
     if rows.size and not 0 <= rows.min() <= rows.max() < len(groups):
         raise ValueError(f"The split has rows from {rows.min()} to {rows.max()}, the table only {len(groups)} rows.")
@@ -348,7 +358,7 @@ def assert_disjoint(split: Split, ds) -> None:
 def _of_patients(ds, patients: dict[str, list], *, held_out, **about) -> Split:
     """The rows that `patients` of each part have at the domains which that part takes."""
     part_of = {patient: part for part, members in patients.items() for patient in members}
-    domains, groups = _column(ds, about["domain_column"]), _column(ds, about["group_column"])
+    domains, groups = column_values(ds, about["domain_column"]), column_values(ds, about["group_column"])
     known = sorted(set(domains), key=lambda domain: (str(type(domain)), domain))
     if held_out not in known:
         raise ValueError(f"No row has {about['domain_column']} {held_out!r}; the table has {known}.")
@@ -369,7 +379,7 @@ def _of_patients(ds, patients: dict[str, list], *, held_out, **about) -> Split:
     return Split(**rows, held_out=held_out, **about)
 
 
-def _column(ds, name: str) -> list:
+def column_values(ds, name: str) -> list:
     """A column as a list of Python values; no other column is read, and so no image decoded."""
     if hasattr(ds, "with_format"):
         ds = ds.with_format(None)  # a transform that the caller set may want all columns, images too

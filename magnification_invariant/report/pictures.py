@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 import safetensors.numpy
 
 from magnification_invariant import metrics
+from magnification_invariant.data.splits import domain_name
 from magnification_invariant.records import last_epoch, part_of
 
 CLASS_COLOURS = ("#2c7fb8", "#d95f0e")  # benign, malignant
@@ -74,7 +75,7 @@ def embedding_map(folder: Path, path: Path) -> None:
     for domain in np.unique(shown["domain"]):
         chosen = shown["domain"] == domain
         unseen = " (unseen)" if domain == shown["held_out"][0] else ""
-        right.scatter(*points[chosen].T, s=10, label=f"{domain}X{unseen}", alpha=0.7, lw=0)
+        right.scatter(*points[chosen].T, s=10, label=f"{domain_name(domain)}{unseen}", alpha=0.7, lw=0)
     for axis, title in ((left, "by class"), (right, "by magnification")):
         axis.set(title=f"{Path(folder).name}\n{title}", xlabel="first component", ylabel="second component")
         axis.legend(fontsize=8)

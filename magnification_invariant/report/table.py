@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.compute as pc
 
+from magnification_invariant.data.splits import domain_name
 from magnification_invariant.metrics.evaluate_modules import combined
 from magnification_invariant.records import last_epoch, part_of
 
@@ -32,7 +33,7 @@ def summarise(folders: Iterable[Path], part: str = "test") -> list[dict]:
     return [_row(method, held_out, cells, part) for (method, held_out), cells in groups.items()]
 
 
-def _row(method: str, held_out: int, cells: list, part: str) -> dict:
+def _row(method: str, held_out: int | str, cells: list, part: str) -> dict:
     measured = defaultdict(list)
     intervals, marks = [], set()
     for folder, config in cells:
@@ -54,6 +55,8 @@ def _row(method: str, held_out: int, cells: list, part: str) -> dict:
             marks.add("the start had seen the test")
         if results.get("gan", {}).get("collapsed"):
             marks.add("the generator failed its collapse check")
+        if any(results.get("rescaled", {}).values()):
+            marks.add("rescaled: some images are digital zoom, not photographed at their magnification")
         model = folder / "model" / "config.json"
         if config["arguments"]["zoom"] and model.exists():
             low, high = json.loads(model.read_text())["mpp_range"]
@@ -81,7 +84,7 @@ def markdown(rows: list[dict], part: str = "test") -> str:
         for row in sorted(rows, key=lambda row: (row["held_out"], row["method"] not in ("constant", "colour"))):
             s, signature = row[weighting], row.get("signature", {})
             name = row["method"] + "".join(f" [{marks.index(mark) + 1}]" for mark in row["marks"])
-            cells = [name, f"{row['held_out']}X"]
+            cells = [name, domain_name(row["held_out"])]
             cells += [_number(s[k]) for k in ("auc", "f1", "balanced_accuracy", "brier", "expected_calibration_error")]
             if weighting == "patient_balanced":
                 if "auc_interval" in row:
