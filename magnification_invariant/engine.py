@@ -18,6 +18,7 @@ from magnification_invariant.models import embed
 from magnification_invariant.tasks import Task
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as timm's default
+CHECKPOINT_SECONDS = 60.0  # between two checkpoints: what a killed run does again, and an epoch
 
 
 @dataclass(frozen=True)
@@ -149,12 +150,19 @@ def fit(
     """Train `task` on `rows` of `cache`.
 
     Every random number is a function of (seed, epoch, step), so that a run cut off and started again from
-    `checkpoint`, written after each epoch, ends as one that was left alone.
+    `checkpoint` ends as one that was left alone.
+
+    Several processes do what one does with the whole batch, with two exceptions. Random numbers drawn inside the model
+    (dropout, a generator's noise) are each process's own. BatchNorm in training takes its statistics from the whole
+    batch on GPUs (SyncBatchNorm), but from each process's share on CPUs, where torch has no such layer: there the
+    loss differs from a single process's, as it would at a smaller batch, and the running statistics that predict are
+    those of the first process.
 
     Args:
         accelerator: an `accelerate.Accelerator`; one for this process by default. Each of its processes takes an equal
             part of every batch, so `batch_size` must be a multiple of their number.
-        checkpoint: file to resume from, if it is there, and to write after each epoch.
+        checkpoint: file to resume from, if it is there, and to write after the last epoch, and before it after epochs
+            that end `CHECKPOINT_SECONDS` or more after the checkpoint before.
         on_epoch: called on every process as ``on_epoch(epoch, model, log)`` with the model that predicts (the average
             if there is one, in eval mode) and the epoch's mean losses, learning rate and images/s.
 
@@ -205,6 +213,7 @@ def fit(
     first_epoch = 0
     if checkpoint and checkpoint.exists():
         first_epoch = _load_checkpoint(checkpoint, task, ema, optimizers, device)
+    saved = time.monotonic()
 
     bar = tqdm(
         total=steps,
@@ -254,11 +263,16 @@ def fit(
                 rate = (step + 1) * config.batch_size / (time.perf_counter() - started)
                 bar.set_postfix({**{k: f"{v:.3f}" for k, v in shown.items()}, "images/s": f"{rate:.0f}"})
         model = ema.module if ema else task.model.eval()
+        if world > 1:
+            for buffer in model.buffers():  # BatchNorm's on CPUs: all must predict with one model
+                torch.distributed.broadcast(buffer, 0)
         log = {**shown, "learning_rate": config.learning_rate * factor, "images_per_second": rate}
         if on_epoch:
             on_epoch(epoch, model, log)
-        if checkpoint and accelerator.is_main_process:
+        due = epoch + 1 == config.epochs or time.monotonic() - saved >= CHECKPOINT_SECONDS
+        if checkpoint and due and accelerator.is_main_process:
             _save_checkpoint(checkpoint, task, ema, optimizers, epoch + 1)
+            saved = time.monotonic()
     bar.close()
     return ema.module if ema else task.model.eval()
 
@@ -279,8 +293,8 @@ def _save_checkpoint(path: Path, task, ema, optimizers, epochs_done: int) -> Non
     except (OSError, RuntimeError) as error:  # torch reports a full disk as either
         unfinished.unlink(missing_ok=True)
         raise OSError(
-            f"cannot write the checkpoint {path} ({error}); the one of the epoch before is kept: make room and start "
-            "the same command again"
+            f"cannot write the checkpoint {path} ({error}); the one before it is kept: make room and start the same "
+            "command again"
         ) from error
     unfinished.replace(path)
 

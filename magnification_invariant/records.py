@@ -32,11 +32,6 @@ def _plain(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def softmax(logits: np.ndarray) -> np.ndarray:
-    e = np.exp(logits - logits.max(1, keepdims=True))
-    return e / e.sum(1, keepdims=True)
-
-
 def prediction_table(
     columns: dict[str, np.ndarray], rows: np.ndarray, logits: np.ndarray, **constants: str | int
 ) -> pa.Table:
@@ -50,7 +45,7 @@ def prediction_table(
     """
     table = {name: column[rows] for name, column in columns.items()}
     table["logits"] = list(np.asarray(logits, np.float32))
-    table["probability"] = softmax(np.asarray(logits, np.float64))[:, POSITIVE]
+    table["probability"] = metrics.apply_temperature(logits, 1.0)[:, POSITIVE]
     return pa.table(table | {name: [value] * len(rows) for name, value in constants.items()})
 
 
@@ -68,7 +63,7 @@ def part_of(records: pa.Table, part: str, temperature: float = 1.0) -> dict[str,
         "logits": logits,
         "label": np.asarray(records["label"]),
         "patient": np.asarray(records["patient"]),
-        "probability": softmax(logits / temperature)[:, POSITIVE] if len(records) else np.empty(0),
+        "probability": metrics.apply_temperature(logits, temperature)[:, POSITIVE] if len(records) else np.empty(0),
     }
 
 

@@ -2,6 +2,7 @@
 
 import io
 import os
+from collections.abc import Mapping
 from typing import BinaryIO
 
 import numpy as np
@@ -14,18 +15,26 @@ Encoded = tuple[str | None, bytes | None]  # path and bytes of an image as `data
 class EncodedImages:
     """The images of a table, undecoded: `images[i]` is (path, bytes), read when asked for.
 
+    The table is a `datasets.Dataset`, or a mapping from names to columns with paths or encoded bytes for images, which
+    needs no `datasets`.
+
     Raises:
         ValueError: the table has no such column.
     """
 
     def __init__(self, ds, image_column: str = "image"):
+        names = list(ds) if isinstance(ds, Mapping) else ds.column_names
+        if image_column not in names:
+            raise ValueError(f"no column {image_column!r} in the table; it has {', '.join(names)}")
+        self._column = image_column
+        if isinstance(ds, Mapping):
+            encoded = [(None, x) if isinstance(x, bytes) else (os.fspath(x), None) for x in ds[image_column]]
+            self._rows = [{image_column: {"path": path, "bytes": content}} for path, content in encoded]
+            return
         import datasets
 
-        if image_column not in ds.column_names:
-            raise ValueError(f"no column {image_column!r} in the table; it has {', '.join(ds.column_names)}")
         column = ds.with_format(None).select_columns([image_column])
         self._rows = column.cast_column(image_column, datasets.Image(decode=False))
-        self._column = image_column
 
     def __len__(self) -> int:
         return len(self._rows)

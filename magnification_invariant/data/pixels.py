@@ -11,6 +11,7 @@ import os
 import shutil
 import warnings
 import zlib
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -41,8 +42,8 @@ class PixelCache:
     against its checksum when the cache is opened, and decoded again if it does not fit.
 
     Args:
-        ds: a `datasets.Dataset` with an image column and, where the scale is known, `mpp_column`
-            (micrometres per pixel of the stored image).
+        ds: a `datasets.Dataset`, or a mapping of columns where images are paths or encoded bytes; where the scale is
+            known with `mpp_column`, micrometres per pixel of the stored image.
         height: wanted short side in pixels; see `height_for`.
         folder: where caches lie; by default under `cache_root()`. The same images and height are built once,
             also by processes that start together.
@@ -57,10 +58,11 @@ class PixelCache:
     """
 
     def __init__(self, ds, height: int, *, image_column: str = "image", mpp_column: str = "mpp", folder=None):
-        if len(ds) == 0:
-            raise ValueError("the table has no rows: there is nothing to cache")
         images = EncodedImages(ds, image_column)
-        native_mpp = np.asarray(ds[mpp_column], float) if mpp_column in ds.column_names else np.full(len(ds), np.nan)
+        if len(images) == 0:
+            raise ValueError("the table has no rows: there is nothing to cache")
+        columns = ds if isinstance(ds, Mapping) else ds.column_names
+        native_mpp = np.asarray(ds[mpp_column], float) if mpp_column in columns else np.full(len(images), np.nan)
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow and zlib give up the interpreter lock
             key = _fingerprint(images, height, pool)
             self.folder = Path(folder or cache_root() / "pixels") / key
