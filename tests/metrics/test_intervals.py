@@ -107,21 +107,50 @@ def test_patients_with_both_classes_are_allowed():
         assert found.low < value < found.high
 
 
-def test_folds_count_only_pairs_of_one_model():
+def test_the_auc_counts_only_pairs_of_one_model():
     y, p, g = patients(sizes=(20, 40), images=3, true_auc=0.95)
     folds = g % 5
     shifted = expit(logit(np.clip(p, 1e-6, 1 - 1e-6)) + 3 * folds)
     pooled = sum(metrics.auc(y[folds == k], p[folds == k]) for k in range(5)) / 5  # equal pairs in every fold
-    found = cluster_interval("auc", y, shifted, g, folds=folds)
+    found = cluster_interval("auc", y, shifted, g, runs=folds)
     assert found.value == pytest.approx(pooled)
     assert found.low < pooled < found.high
     assert metrics.auc(y, shifted) < found.low
-    same = paired_difference("auc", y, p, shifted, g, folds=folds)
+    same = paired_difference("auc", y, p, shifted, g, runs=folds)
     assert same.difference == pytest.approx(0) and same.p_value == 1
-    with pytest.raises(ValueError, match="same fold"):
-        cluster_interval("auc", y, p, g, folds=np.arange(len(y)) % 2)
-    with pytest.raises(ValueError, match="only applies to the AUC"):
-        cluster_interval("brier", y, p, g, folds=folds)
+
+
+@pytest.mark.parametrize("name", ["auc", "brier", "log_loss"])
+def test_runs_are_averaged_and_a_patient_stays_one_cluster(name):
+    """Three models on the same patients, the last one on a part of their images: the mean of the three figures."""
+    y, _, g = patients(images=6)
+    p = [patients(seed, images=6)[1] for seed in range(3)]
+    kept = [np.ones(len(y), bool), np.ones(len(y), bool), np.arange(len(y)) % 6 < 4]
+    rows = [np.concatenate([column[k] for k in kept]) for column in (y, g)]
+    prob, runs = (
+        np.concatenate([q[k] for q, k in zip(p, kept, strict=True)]),
+        np.repeat(list("abc"), [k.sum() for k in kept]),
+    )
+    each = [cluster_interval(name, y[k], q[k], g[k]) for q, k in zip(p, kept, strict=True)]
+    found = cluster_interval(name, rows[0], prob, rows[1], runs=runs)
+    assert found.value == pytest.approx(np.mean([one.value for one in each]))
+    # Copies of one run are one run: no certainty is gained by training seeds that agree.
+    again = cluster_interval(name, np.tile(y, 2), np.tile(p[0], 2), np.tile(g, 2), runs=np.repeat([0, 1], len(y)))
+    assert tuple(again) == pytest.approx(tuple(each[0]), abs=1e-9)
+    pair = paired_difference(name, *rows[:1], prob, prob[::-1], rows[1], runs=runs, n_draws=50)
+    assert 0 < pair.p_value <= 1 and pair.low < pair.difference < pair.high
+    with pytest.raises(ValueError, match="one run to each"):
+        cluster_interval(name, y, p[0], g, runs=[1, 2])
+
+
+@pytest.mark.parametrize("name", ["brier", "f1", "accuracy", "balanced_accuracy"])
+def test_figures_from_sums_are_the_metric(name):
+    y, a, g = patients(0)
+    b = patients(1)[1]
+    slow = metrics.METRICS[name]
+    fast = paired_difference(name, y, a, b, g, n_draws=100)
+    plain = paired_difference(lambda *row: slow(*row), y, a, b, g, "t", n_draws=100)
+    assert tuple(fast) == pytest.approx(tuple(plain), abs=1e-12)
 
 
 def test_a_difference_is_antisymmetric_and_zero_for_equal_models():
