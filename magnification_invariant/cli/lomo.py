@@ -1,4 +1,4 @@
-"""Leave one magnification (or scanner, ...) out: train and test every method x held-out x fold x seed, print a table."""
+"""Leave one magnification or scanner out: train and test every method x held-out x fold x seed, print the table."""
 
 from magnification_invariant.cli.arguments import (
     add_data_argument,

@@ -26,9 +26,7 @@ def run(args) -> int:
     if args.official:
         folds = official_folds(ds, split_seed=args.split_seed)
     else:
-        folds = deal_folds(
-            ds, n_folds=args.n_folds, split_seed=args.split_seed, domain_column=domain_column(ds)
-        )
+        folds = deal_folds(ds, n_folds=args.n_folds, split_seed=args.split_seed, domain_column=domain_column(ds))
     patients = ds["patient"][:]
     print(f"{'held out':>12} {'fold':>5}" + "".join(f"{part:>24}" for part in PARTS))
     for held_out in held_out_domains(ds, args.held_out):

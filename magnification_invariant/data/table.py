@@ -167,7 +167,7 @@ def _written_down(stream: datasets.IterableDataset, image_column: str) -> datase
 def _with_images(ds: datasets.Dataset, folder: Path | None) -> datasets.Dataset:
     import datasets
 
-    if ds.features["image"] == datasets.Value("string"):  # paths
+    if getattr(ds.features["image"], "dtype", None) in ("string", "large_string"):  # paths
         paths = [str(Path(folder or "", path)) for path in column_values(ds, "image")]
         absent = [path for path in paths if not os.path.isfile(path)]
         if absent:
