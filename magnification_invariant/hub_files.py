@@ -1,20 +1,39 @@
-"""Files of a Hub repository or of a folder, by one rule: the only code that talks to `huggingface_hub`."""
+"""Files of a Hub repository or of a folder, by one rule: the only code that talks to `huggingface_hub`.
+
+Tokens are found by its client (`hf auth login`, ``HF_TOKEN``); nothing here reads, prints or writes one.
+"""
 
 import fnmatch
+import hashlib
+import os
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
+SAFE_FILES = ("*.json", "*.safetensors", "*.parquet", "*.png", "*.md")
+"""What is read from repositories: data. Formats that can run code when they are opened (pickles) are not."""
 
-def resolve(repo_or_folder: str, file: str, revision: str | None = None) -> Path:
+
+def resolve(
+    repo_or_folder: str, file: str, revision: str | None = None, *, cache_dir: str | os.PathLike | None = None
+) -> Path:
     """Local path of `file` in a folder, or in a Hub model repository, downloaded into the Hub cache if needed.
 
     Args:
         repo_or_folder: a folder, or a repository id with or without timm's ``hf-hub:`` before and ``@revision`` behind.
-        file: path inside it.
+        file: path inside it, one of `SAFE_FILES`.
         revision: branch, tag or commit.
+        cache_dir: instead of the Hub's own cache.
 
     Raises:
-        FileNotFoundError: no such file, folder or repository, or no way to reach it; says which.
+        ValueError: the file leads out of the folder, or is of a kind that can run code.
+        FileNotFoundError: no such file, folder or repository, or no way to reach it; says which, and what to do.
+        OSError: what arrived is not what the Hub's checksum says.
     """
+    if not any(fnmatch.fnmatch(file, pattern) for pattern in SAFE_FILES):
+        raise ValueError(f"{file} of {repo_or_folder} is not read: only {', '.join(SAFE_FILES)} are")
+    if Path(file).is_absolute() or ".." in Path(file).parts:
+        raise ValueError(f"{file} is not inside {repo_or_folder}")
     folder = Path(repo_or_folder).expanduser()
     if folder.is_dir():
         if not (folder / file).is_file():
@@ -22,15 +41,79 @@ def resolve(repo_or_folder: str, file: str, revision: str | None = None) -> Path
         return folder / file
 
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
-    repo, _, at = repo_or_folder.removeprefix("hf-hub:").partition("@")
+    repo, revision = _repo_and_revision(repo_or_folder, revision)
+    with _explained(repo_or_folder, file):
+        path = Path(hf_hub_download(repo, file, revision=revision, cache_dir=cache_dir))
+    return _verified(path)
+
+
+def snapshot(repo_or_folder: str, revision: str | None = None) -> Path:
+    """Local folder with all `SAFE_FILES` of a Hub model repository; of a folder, the folder itself.
+
+    Other files may lie there too, which somebody else has downloaded. Arguments and errors as of `resolve`.
+    """
+    folder = Path(repo_or_folder).expanduser()
+    if folder.is_dir():
+        return folder
+
+    from huggingface_hub import snapshot_download
+
+    repo, revision = _repo_and_revision(repo_or_folder, revision)
+    with _explained(repo_or_folder, "its files"):
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(SAFE_FILES)))
+    for pattern in SAFE_FILES:
+        for path in folder.rglob(pattern):
+            _verified(path)
+    return folder
+
+
+def _repo_and_revision(repo: str, revision: str | None) -> tuple[str, str | None]:
+    repo, _, at = repo.removeprefix("hf-hub:").partition("@")
+    return repo, revision or at or None
+
+
+@contextmanager
+def _explained(repo: str, what: str):
+    """Says of a failed download what was asked for, where, and the ways on."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+    from huggingface_hub.utils import httpx
+
     try:
-        return Path(hf_hub_download(repo, file, revision=revision or at or None))
-    except (EntryNotFoundError, HFValidationError, OSError) as error:  # OSErrors: absent, gated, offline
+        yield
+    except (
+        EntryNotFoundError,
+        HFValidationError,
+        OSError,
+        httpx.HTTPError,
+    ) as error:  # absent, gated, offline, no space
+        place = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else constants.ENDPOINT
         raise FileNotFoundError(
-            f"{repo_or_folder} is neither a folder nor a Hub repository that gives {file}: {error}"
+            f"{repo} is neither a folder nor a Hub repository that gives {what} ({place}): "
+            f"{' '.join(str(error).split())} Ways on: publish the model there with `magdg push`; point "
+            "MAGDG_HUB_NAMESPACE or HF_ENDPOINT to where it is, with a token if it is private (`hf auth login`); or "
+            "load a local folder (`local-dir:FOLDER` in timm)."
         ) from error
+
+
+def _verified(path: Path) -> Path:
+    """The file, once its bytes are what the Hub's checksum says, by which the cache names it; else it is removed.
+
+    The Hub's client compares sizes only. (Files that come by Xet are named otherwise, and Xet checks them itself.)
+    """
+    blob = path.resolve()
+    if blob.parent.name == "blobs" and blob.parent.parent.name.startswith("models--"):
+        digest = {40: hashlib.sha1(b"blob %d\0" % blob.stat().st_size), 64: hashlib.sha256()}.get(len(blob.name))
+        if digest:
+            with open(blob, "rb") as file:
+                while block := file.read(2**20):
+                    digest.update(block)
+            if digest.hexdigest() != blob.name:
+                blob.unlink()
+                path.unlink(missing_ok=True)
+                raise OSError(f"{path.name} arrived damaged (its checksum is wrong) and was removed; try again")
+    return path
 
 
 def upload(
@@ -52,17 +135,17 @@ def upload(
         repo_type: "model" or "dataset".
         private: of a repository that is made; by default what the account's settings say.
         revision: branch to commit to, made if needed; ``main`` by default.
-        create_pr: open a pull request instead.
+        create_pr: open a pull request against ``main`` instead.
         message: first line of the commit.
         replace: a pattern, ``data/*.parquet``; files there that match it and are not in `folder` are deleted in the
             same commit.
 
     Returns:
-        URL of the commit or pull request.
+        URL of the commit or pull request; "" where the repository holds all that already, and nothing was done.
 
     Raises:
         ValueError: the folder has no file, or the Hub does not accept the card.
-        OSError: no token, no right, or no way to reach the Hub; says which.
+        OSError: no token, no right, no way to reach the Hub, or somebody else has committed meanwhile; says which.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.utils import httpx
@@ -77,19 +160,26 @@ def upload(
         repo = api.create_repo(repo, repo_type=repo_type, private=private, exist_ok=True).repo_id
         if revision and not create_pr:
             api.create_branch(repo, branch=revision, repo_type=repo_type, exist_ok=True)
+        before = api.repo_info(repo, repo_type=repo_type, revision=revision)
         operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
         if replace:
-            there = api.list_repo_files(repo, repo_type=repo_type, revision=revision)
+            there = [file.rfilename for file in before.siblings]
             operations += [CommitOperationDelete(name) for name in fnmatch.filter(there, replace) if name not in files]
-        # Not upload_folder: it cuts a large folder into several commits, and a reader would see half of them.
-        commit = api.create_commit(
-            repo,
-            operations,
-            repo_type=repo_type,
-            revision=revision,
-            create_pr=create_pr,
-            commit_message=message or f"Upload {folder.name}",
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "It seems that you are about to commit a data file")  # predictions
+            # Not upload_folder: it cuts a large folder into several commits, and a reader would see half of them.
+            commit = api.create_commit(
+                repo,
+                operations,
+                repo_type=repo_type,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=message or f"Upload {folder.name}",
+                parent_commit=before.sha,  # what the decision was made on: refused if that is no longer the head
+            )
     except (OSError, httpx.HTTPError) as error:
-        raise OSError(f"{folder} could not be uploaded to the {repo_type} repository {repo}: {error}") from error
-    return commit.pr_url or commit.commit_url
+        raise OSError(
+            f"{folder} could not be uploaded to the {repo_type} repository {repo}: {' '.join(str(error).split())} "
+            "Nothing was committed by halves; the same command goes on once the cause is gone."
+        ) from error
+    return "" if commit.oid == before.sha else commit.pr_url or commit.commit_url

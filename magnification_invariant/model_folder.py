@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,32 +11,18 @@ import timm
 import torch
 from PIL import Image
 
-from magnification_invariant.data.virtual_slides import render_field, virtual_field
+from magnification_invariant.data.published import slides
+from magnification_invariant.data.virtual_slides import YEAR, render_field, virtual_field
 from magnification_invariant.hub_files import resolve
 from magnification_invariant.models import plain_architecture
 
-CARD = """---
-library_name: timm
-pipeline_tag: image-classification
-license: apache-2.0
-tags: [timm, image-classification, histopathology, domain-generalization]
----
-# {name}
 
-{text}
-
-```python
-import timm
-
-model = timm.create_model("local-dir:.", pretrained=True).eval()  # or "hf-hub:" and the repository's id
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-logits = model(transform(image).unsqueeze(0))  # classes: {labels}
-probability = (logits / {temperature:.4g}).softmax(-1)  # the temperature was fitted on validation patients
-```
-
-The network expects the whole field of an image resized to {size} pixels; it was trained on {mpp_low:.3g} to
-{mpp_high:.3g} micrometres per pixel at its input. It is for research: it must not be used for diagnosis.
-"""
+def source_name(ds) -> str:
+    """What a table holds: "virtual" slides, "breakhis" (every image is a published one), or "other"."""
+    if all(patient.startswith(f"{YEAR}-") for patient in ds["patient"]):
+        return "virtual"
+    published = {name for slide in slides() for name in slide.names}
+    return "breakhis" if all(Path(name).stem in published for name in ds["filename"]) else "other"
 
 
 def plain_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -51,9 +38,9 @@ def write_model_folder(
     label_names: list[str],
     data_config: dict,
     about: dict,
-    text: str = "",
+    half: bool = False,
 ) -> Path:
-    """Write `folder`: config, weights, a card, and a fixture to prove a copy by. Bare timm loads it by ``local-dir:``.
+    """Write `folder`: config, weights, and a fixture to prove a copy by. Bare timm loads it by ``local-dir:``.
 
     The fixture is an image of virtual tissue (``fixture.png``) with the logits that the written files give for it
     (``fixture.json``).
@@ -61,8 +48,8 @@ def write_model_folder(
     Args:
         name: architecture and tag, ``magdg_resnet18.breakhis_lomo200``.
         data_config: timm's input_size, mean, std, interpolation, crop_pct.
-        about: further keys of ``config.json``: temperature, mpp_range, mpp_source, seen, ...
-        text: what the card says of the model.
+        about: further keys of ``config.json``: temperature, mpp_range, mpp_source, seen, trained_on, ...
+        half: store matrices as float16; vectors (biases, batch statistics) stay as they are.
 
     An older folder of that name is replaced when the new one is complete.
     """
@@ -89,19 +76,12 @@ def write_model_folder(
         **about,
     }
     (unfinished / "config.json").write_text(json.dumps(config, indent=2))
-    safetensors.torch.save_file(plain_state_dict(model), unfinished / "model.safetensors", {"format": "pt"})
+    weights = plain_state_dict(model)
+    if half:
+        weights = {name: value.half() if value.dim() > 1 else value for name, value in weights.items()}
+    safetensors.torch.save_file(weights, unfinished / "model.safetensors", {"format": "pt"})
     size = int(data_config["input_size"][-1] / data_config["crop_pct"])
     low, high = about.get("mpp_range", (1.0, 1.0))  # where the scale is not known, any will do for the fixture
-    card = CARD.format(
-        name=name,
-        text=text,
-        labels=", ".join(label_names),
-        temperature=about["temperature"],
-        size=size,
-        mpp_low=low,
-        mpp_high=high,
-    )
-    (unfinished / "README.md").write_text(card)
     _write_fixture(unfinished, size, (low * high) ** 0.5)
     shutil.rmtree(folder, ignore_errors=True)
     return unfinished.rename(folder)
@@ -122,9 +102,55 @@ def logits_of(folder: Path, image: Image.Image) -> list[float]:
         return model(transform(image.convert("RGB")).unsqueeze(0))[0].tolist()
 
 
-def read_model_config(repo_or_folder: str) -> dict:
-    """``config.json`` of a model folder or Hub repository."""
-    return json.loads(resolve(repo_or_folder, "config.json").read_text())
+def read_model_config(repo_or_folder: str, revision: str | None = None) -> dict:
+    """``config.json`` of a model folder or Hub repository. What it states is of the right kind; it may state less.
+
+    Raises:
+        ValueError: it names another file or place, asks for code, or has a value of the wrong kind: says which.
+    """
+    path = resolve(repo_or_folder, "config.json", revision)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        wrong = [key for key, value in _flat(config) if key in _CHECKS and not _CHECKS[key](value)]
+        wrong += [key for key, value in _flat(config) if key in _LEADING_ELSEWHERE and value]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"config.json of {repo_or_folder} is not a model's: {error}") from error
+    if wrong:
+        raise ValueError(
+            f"config.json of {repo_or_folder} is refused for {', '.join(wrong)}: not a plain model's values"
+        )
+    return config
+
+
+def _flat(config: dict) -> list[tuple[str, object]]:
+    return [*config.items(), *config.get("pretrained_cfg", {}).items()]
+
+
+def _numbers(value, n: int, low: float, high: float) -> bool:
+    return isinstance(value, list) and len(value) == n and all(_number(v, low, high) for v in value)
+
+
+def _number(value, low: float, high: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+
+
+# What timm's loader would follow to other files or run.
+_LEADING_ELSEWHERE = ("file", "url", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load", "auto_map")
+_CHECKS = {
+    "architecture": lambda v: isinstance(v, str) and re.fullmatch(r"\w+", v) and timm.is_model(v),
+    "num_classes": lambda v: _number(v, 1, 10_000),
+    "label_names": lambda v: isinstance(v, list) and all(re.fullmatch(r"[\w .,:()+-]{1,80}", label) for label in v),
+    "name": lambda v: isinstance(v, str) and re.fullmatch(r"[\w.-]{1,96}", v),
+    "trained_on": lambda v: isinstance(v, str) and re.fullmatch(r"\w{1,40}", v),
+    "license": lambda v: isinstance(v, str) and re.fullmatch(r"[\w.-]{1,40}", v),
+    "temperature": lambda v: _number(v, 1e-3, 1e3),
+    "mpp_range": lambda v: _numbers(v, 2, 1e-3, 1e3) and v[0] <= v[1],
+    "mpp_source": lambda v: isinstance(v, list) and _numbers(v, len(v), 1e-3, 1e3),
+    "input_size": lambda v: _numbers(v, 3, 1, 4096),
+    "mean": lambda v: _numbers(v, 3, -10, 10),
+    "std": lambda v: _numbers(v, 3, 1e-6, 10),
+    "crop_pct": lambda v: _number(v, 0.01, 1),
+}
 
 
 def load_backbone(model: torch.nn.Module, source: str) -> dict:

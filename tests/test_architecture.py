@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = (
     {"_version"},
-    {"models", "data", "metrics", "hub_files"},
+    {"hub_files"},
+    {"models", "data", "metrics"},
     {"tasks", "signatures", "model_folder", "records"},
     {"engine"},
     {"lomo"},

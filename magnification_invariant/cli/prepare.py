@@ -47,5 +47,5 @@ def run(args) -> int:
                 url = hub_files.upload(
                     folder, args.push, repo_type="dataset", private=True, message=message, replace="data/*.parquet"
                 )
-                print(f"pushed: {url}")
+                print(f"pushed: {url}" if url else f"{args.push} holds them already")
     return 0

@@ -4,17 +4,21 @@
 Everything timm does with a ResNet works on these: they differ from it by one training-only head.
 """
 
+import dataclasses
+import json
 import logging
 import os
+from pathlib import Path
 
 import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import get_device_dtype
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
+from magnification_invariant.hub_files import resolve
 from magnification_invariant.models.grad_reverse import grad_reverse
 
 __all__ = ["HUB_NAMESPACE", "MagDGResNet", "embed", "plain_architecture"]
@@ -23,6 +27,9 @@ _logger = logging.getLogger(__name__)
 
 HUB_NAMESPACE = os.environ.get("MAGDG_HUB_NAMESPACE") or "magnification-invariant"
 """Who publishes the weights on the Hub: `arch.tag` is fetched from `HUB_NAMESPACE/arch.tag`."""
+
+PACKAGED = Path(__file__).parents[1] / "weights"
+"""Model folders that come with the package, named `arch.tag`; one is made by `benchmarks/train_virtual.py`."""
 
 # What the state_dict of each entry is once the domain head is gone.
 _PLAIN = {
@@ -243,9 +250,22 @@ def _cfg(**kwargs) -> dict:
     }
 
 
-# `breakhis` was trained at all magnifications, `breakhis_lomo200` at all but 200x; the first is the default.
+def _packaged_cfgs() -> dict:
+    """Of each packaged model, with the input that its own config states."""
+    cfgs = {}
+    for file in sorted(PACKAGED.glob("*/config.json")):
+        about = json.loads(file.read_text())["pretrained_cfg"]
+        about = {k: tuple(v) if isinstance(v, list) else v for k, v in about.items() if k != "tag"}
+        about["pool_size"] = tuple(-(-side // 32) for side in about["input_size"][1:])
+        cfgs[file.parent.name] = _cfg(**about, file=str(file.with_name("model.safetensors")))
+    return cfgs
+
+
+# The first tag of a name is its default. `breakhis` was trained at all magnifications, `breakhis_lomo200` at all but
+# 200x.
 default_cfgs = generate_default_cfgs(
-    {
+    _packaged_cfgs()
+    | {
         f"{arch}.{tag}": _cfg(hf_hub_id=f"{HUB_NAMESPACE}/{arch}.{tag}")
         for arch in ("magdg_resnet18", "magerm_resnet18", "maggan_resnet18")
         for tag in ("breakhis", *(f"breakhis_lomo{magnification}" for magnification in (40, 100, 200, 400)))
@@ -254,10 +274,31 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(variant: str, pretrained: bool, **kwargs) -> nn.Module:
+def _create(
+    variant: str,
+    pretrained: bool,
+    pretrained_cfg: str | dict | None = None,
+    pretrained_cfg_overlay: dict | None = None,
+    cache_dir: str | None = None,
+    **kwargs,
+) -> nn.Module:
+    """timm's build; weights from the Hub are fetched by `resolve`: safetensors, checked, or an error that helps."""
     if kwargs.get("features_only"):
         kwargs["num_domains"] = 0  # no pooled features, nothing for a head to read
-    return build_model_with_cfg(MagDGResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
+    if pretrained and cfg.hf_hub_id and not (cfg.source or cfg.state_dict or cfg.file):
+        file = resolve(cfg.hf_hub_id, cfg.hf_hub_filename or "model.safetensors", cache_dir=cache_dir)
+        cfg = dataclasses.replace(cfg, file=str(file))
+    if pretrained and cfg.file and PACKAGED in Path(cfg.file).parents and not cfg.state_dict:
+        _logger.warning(
+            "%s.%s was trained on virtual slides, procedural drawings of H&E: it shows how everything works and is a "
+            "start for training. It has never seen tissue; its probabilities say nothing about a patient.",
+            variant,
+            cfg.tag,
+        )
+    return build_model_with_cfg(
+        MagDGResNet, variant, pretrained, pretrained_cfg=cfg, pretrained_filter_fn=checkpoint_filter_fn, **kwargs
+    )
 
 
 _RESNET18 = dict(block=BasicBlock, layers=(2, 2, 2, 2))
