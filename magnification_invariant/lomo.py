@@ -7,8 +7,9 @@ A cell is one method trained once. Its folder holds
 - ``config.json``: arguments, recipe, versions, git revision, thread count, sha256 of the initial weights;
 - ``metrics.jsonl``: an epoch's mean losses a line;
 - ``predictions.parquet``: logits and probabilities of validation and test images after every epoch;
-- ``embeddings.safetensors``: embeddings of all parts after the last epoch, with their rows;
-- ``gan_samples.png``: of the method ``gan``, real patches beside generated ones;
+- ``embeddings.safetensors``: embeddings of all parts after the last epoch, with the keys of their rows;
+- ``gan_samples.png``, ``prepare.jsonl``: of the method ``gan``, real patches beside generated ones, and the mean losses
+  of the DCGAN's epochs;
 - ``results.json``: metrics, intervals and the signature; written last, so a cell that has it is finished;
 - ``model/``: the model, in the layout of its Hub repository.
 """
@@ -24,6 +25,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -31,7 +33,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import safetensors.numpy
 import torch
 from filelock import FileLock, Timeout
 
@@ -47,10 +48,18 @@ from magnification_invariant.data.splits import (
     leave_one_domain_out,
 )
 from magnification_invariant.engine import MEAN, STD, Diverged, FitConfig, TrainRows, fit, predict
-from magnification_invariant.model_folder import load_backbone, write_model_folder
+from magnification_invariant.model_folder import load_backbone, read_model_config, source_name, write_model_folder
 from magnification_invariant.records import evaluate, part_of, prediction_table, scores, write_json
-from magnification_invariant.signatures import SignatureProjector, SparseSignature, refit_stability
+from magnification_invariant.signatures import (
+    SignatureProjector,
+    SparseSignature,
+    refit_stability,
+    weights_digest,
+    write_embeddings,
+)
+from magnification_invariant.signatures.sparse_signature import NothingToSelect
 from magnification_invariant.tasks import Task, get_task
+from magnification_invariant.tasks.floors import FLOORS
 
 # The paper's own recipe is not published: "paper" adds nothing it does not mention.
 RECIPES = {
@@ -58,7 +67,6 @@ RECIPES = {
     "strong": {"stain": 0.2, "ema_decay": 0.998, "temperature": True},
 }
 ZOOM = 2.5  # the widest step between neighbouring magnifications of BreaKHis, 40X to 100X
-FLOORS = ("constant", "colour")  # what needs no network; they stand in every table
 PARTS = ("val", "test", "test_source")
 COLUMNS = ("filename", "patient", "slide", "label")
 
@@ -270,14 +278,18 @@ def _arguments(cell: Cell, ds) -> dict:
     return asdict(cell) | {"data": table_digest(ds), "split_sha256": digest}
 
 
+@lru_cache(maxsize=1)  # a grid asks for every cell
 def table_digest(ds) -> str:
     """Identifies a table by its rows' names, labels, patients and domains."""
     columns = zip(*(ds[name] for name in ("filename", "label", "patient", domain_column(ds))), strict=True)
     return hashlib.sha256(json.dumps(list(columns)).encode()).hexdigest()[:16]
 
 
-def run_cell(cell: Cell, ds, folder: Path, *, accelerator=None) -> None:
+def run_cell(cell: Cell, ds, folder: Path, *, split: Split | None = None, accelerator=None) -> None:
     """Train, predict, explain by a signature, and record one cell; a run that was cut off is taken up where it stopped.
+
+    Args:
+        split: instead of the cell's own; one that holds no domain out has the tested rows in `test_source`.
 
     Raises:
         ValueError: the folder holds other arguments; the table cannot be split so; the start has seen the test.
@@ -292,7 +304,7 @@ def run_cell(cell: Cell, ds, folder: Path, *, accelerator=None) -> None:
     main = accelerator is None or accelerator.is_main_process
     if cell.split:
         split = Folds.from_json(cell.split).split(ds, cell.held_out, cell.fold)
-    else:
+    elif split is None:
         split = leave_one_domain_out(
             ds,
             cell.held_out,
@@ -329,37 +341,20 @@ def run_cell(cell: Cell, ds, folder: Path, *, accelerator=None) -> None:
 def _run_floor(cell: Cell, ds, folder: Path, split: Split, cache: PixelCache, columns: dict, accelerator) -> None:
     write_json(folder / "config.json", _config(cell, ds))
     weight = metrics.patient_weights(columns["patient"][split.train])
-    label = columns["label"][split.train]
-    if cell.method == "constant":
-        prior = np.average(label, weights=weight)
-        score = {part: np.full(len(getattr(split, part)), np.log(prior / (1 - prior))) for part in PARTS}
-    else:
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
-
-        model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-        model.fit(_colour_statistics(cache, split.train), label, logisticregression__sample_weight=weight)
-        score = {part: model.decision_function(_colour_statistics(cache, getattr(split, part))) for part in PARTS}
-    logits = {part: np.stack([np.zeros_like(s), s], 1) for part, s in score.items()}
+    predictor = FLOORS[cell.method](cache, split.train, columns["label"][split.train], weight)
+    log_odds = {part: predictor(getattr(split, part)) for part in PARTS}
+    logits = {part: np.stack([np.zeros_like(odds), odds], 1) for part, odds in log_odds.items()}
     records = _records(cell, columns, split, 0, logits)
     pq.write_table(records, folder / "predictions.parquet")
     results = {"temperature": 1.0, "parts": evaluate(records), "rescaled": _rescaled(columns, split)}
     write_json(folder / "results.json", results)
 
 
-def _colour_statistics(cache: PixelCache, rows: np.ndarray) -> np.ndarray:
-    """Mean, spread and skewness of each colour channel's optical density (n, 9): what an image's stain alone tells."""
-    density = -np.log((cache.take(torch.from_numpy(rows), "cpu").numpy().reshape(len(rows), 3, -1) + 1.0) / 256)
-    mean, spread = density.mean(2), density.std(2) + 1e-6
-    skewness = (((density - mean[..., None]) / spread[..., None]) ** 3).mean(2)
-    return np.concatenate([mean, spread, skewness], 1)
-
-
 def _run_network(cell: Cell, ds, folder: Path, split: Split, cache: PixelCache, columns: dict, accelerator) -> None:
     started, main = time.perf_counter(), accelerator.is_main_process
     domains, domain = np.unique(columns["domain"][split.train], return_inverse=True)
-    task, start = _create_task(cell, ds, len(domains), set(columns["patient"][[*split.val, *split.test]]))
+    kept = [*split.val, *split.test, *split.test_source]
+    task, start = _create_task(cell, ds, len(domains), set(columns["patient"][kept]))
     if main:
         tied = _class_domain_information(columns["label"][split.train], domain)
         write_json(folder / "config.json", _config(cell, ds) | {"start": start, "class_domain_information": tied})
@@ -375,10 +370,10 @@ def _run_network(cell: Cell, ds, folder: Path, split: Split, cache: PixelCache, 
         nonlocal model
         model = current
         logits = {part: predicted(part)[0] for part in PARTS}
+        if not all(np.isfinite(values).all() for values in logits.values()):
+            raise Diverged(f"the model of epoch {epoch} predicts what is not a finite number")
         if main:
-            (folder / "epochs").mkdir(exist_ok=True)
-            reproducible = {name: value for name, value in log.items() if name != "images_per_second"}
-            write_json(folder / "epochs" / f"{epoch:04d}.json", {"epoch": epoch, **reproducible})
+            _write_epoch(folder / "epochs", epoch, log)
             accelerator.log({f"{cell.name}/{name}": value for name, value in log.items()}, step=epoch)
             pq.write_table(_records(cell, columns, split, epoch, logits), folder / "epochs" / f"{epoch:04d}.parquet")
 
@@ -397,14 +392,13 @@ def _run_network(cell: Cell, ds, folder: Path, split: Split, cache: PixelCache, 
     if not main:
         return
 
-    epochs = [folder / "epochs" / f"{epoch:04d}" for epoch in range(cell.epochs)]
-    tables = [pq.read_table(path.with_suffix(".parquet")) for path in epochs]
+    tables = [pq.read_table(path) for path in sorted((folder / "epochs").glob("*.parquet"))]
     pq.write_table(pa.concat_tables(tables), folder / "predictions.parquet")
-    lines = [json.loads(path.with_suffix(".json").read_text()) for path in epochs]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    tensors = {f"{part}.embedding": array for part, array in embeddings.items()}
-    tensors |= {f"{part}.row": getattr(split, part) for part in embeddings}
-    safetensors.numpy.save_file(tensors, folder / "embeddings.safetensors")
+    for epochs, lines in (("epochs", "metrics.jsonl"), ("prepare", "prepare.jsonl")):
+        if logs := [json.loads(path.read_text()) for path in sorted((folder / epochs).glob("*.json"))]:
+            (folder / lines).write_text("".join(json.dumps(log) + "\n" for log in logs))
+    parts = {part: ([array], _keys(columns, getattr(split, part))) for part, array in embeddings.items()}
+    write_embeddings(folder / "embeddings.safetensors", parts, embedding=cell.embedding)
 
     temperature = 1.0
     if RECIPES[cell.recipe]["temperature"]:
@@ -425,8 +419,15 @@ def _run_network(cell: Cell, ds, folder: Path, split: Split, cache: PixelCache, 
     write_json(folder / "timing.json", seconds)
     for name in ("prepare.pt", "checkpoint.pt"):  # before the epochs: a checkpoint without them could not go on
         (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / "epochs")
+    for name in ("prepare", "epochs"):
+        shutil.rmtree(folder / name, ignore_errors=True)
     write_json(folder / "results.json", results)
+
+
+def _write_epoch(folder: Path, epoch: int, log: dict) -> None:
+    folder.mkdir(exist_ok=True)
+    reproducible = {name: value for name, value in log.items() if name != "images_per_second"}
+    write_json(folder / f"{epoch:04d}.json", {"epoch": epoch, **reproducible})
 
 
 def _prepare(
@@ -436,6 +437,12 @@ def _prepare(
     config, device = cell.fit_config, accelerator.device
 
     def fit_first(other: Task, **changes) -> torch.nn.Module:
+        def on_epoch(epoch: int, model: torch.nn.Module, log: dict) -> None:
+            if accelerator.is_main_process:
+                _write_epoch(folder / "prepare", epoch, log)
+                about = f"{cell.name}/{type(other).__name__}"
+                accelerator.log({f"{about}/{name}": value for name, value in log.items()}, step=epoch)
+
         return fit(
             other,
             cache,
@@ -443,6 +450,7 @@ def _prepare(
             replace(config, **changes),
             accelerator=accelerator,
             checkpoint=folder / "prepare.pt",
+            on_epoch=on_epoch,
             description=f"{cell.name}, {type(other).__name__}",
         )
 
@@ -454,7 +462,9 @@ def _prepare(
             input_mpp(cache.mpp[index], cache.height, size),
         )
 
-    record, pictures = task.prepare(rows, fit_first, view, ds.features["label"].names, [domain_name(d) for d in domains])
+    record, pictures = task.prepare(
+        rows, fit_first, view, ds.features["label"].names, [domain_name(d) for d in domains]
+    )
     if accelerator.is_main_process:
         for name, picture in pictures.items():
             picture.save(folder / name)
@@ -481,10 +491,16 @@ def _create_task(cell: Cell, ds, num_domains: int, tested: set[str]) -> tuple[Ta
     method = get_task(cell.method)
     torch.manual_seed(cell.seed)
     classes = ds.features["label"].num_classes
-    model = method.create_model(cell.model or method.arch, num_classes=classes, num_domains=num_domains)
+    arch = cell.model or method.arch
+    model = method.create_model(arch, num_classes=classes, num_domains=num_domains)
     start = {"source": None}
     if cell.pretrained_backbone:
         start = load_backbone(model, cell.pretrained_backbone)
+    elif method.pretrained:
+        source = arch.partition(":")[2].partition("@")[0]  # of hf-hub:repository@revision and local-dir:folder
+        seen = read_model_config(source).get("seen", {}) if source else {}
+        start = {"source": arch, "patients": seen.get("patients"), "magnifications": seen.get("magnifications")}
+    if start["source"]:
         seen = sorted(tested & set(start["patients"] or []))
         magnification = cell.held_out in (start["magnifications"] or [])
         start["saw_test"] = bool(seen or magnification)
@@ -492,19 +508,15 @@ def _create_task(cell: Cell, ds, num_domains: int, tested: set[str]) -> tuple[Ta
             what = [f"patients {', '.join(seen[:5])}"] * bool(seen)
             what += [f"the {domain_column(ds)} {cell.held_out}"] * magnification
             raise ValueError(
-                f"the weights {cell.pretrained_backbone} have seen {' and '.join(what)}, which this cell validates or "
+                f"the weights {start['source']} have seen {' and '.join(what)}, which this cell validates or "
                 "tests on; start from others, or pass --allow-seen-init, which marks the result in every table"
             )
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        if not name.startswith("domain_head."):
-            digest.update(name.encode() + value.numpy().tobytes())
     own = own_options(cell.method)
     if unknown := set(cell.options) - own:
         has = f"its options are {', '.join(sorted(own))}" if own else "it has none"
         raise ValueError(f"{cell.method} has no option {', '.join(sorted(unknown))}: {has}")
     options = {name: getattr(cell, name) for name in method.options if name not in own} | cell.options
-    return method(model, **options), start | {"initial_sha256": digest.hexdigest()}
+    return method(model, **options), start | {"initial_sha256": weights_digest(model)}
 
 
 def _config(cell: Cell, ds) -> dict:
@@ -537,6 +549,11 @@ def _rescaled(columns: dict, split: Split) -> dict[str, int]:
     return {part: int(columns["rescaled"][getattr(split, part)].sum()) for part in ("train", *PARTS)}
 
 
+def _keys(columns: dict, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """What each of the embeddings of `rows` is."""
+    return {"row": rows} | {name: columns[name][rows] for name in ("filename", "patient", "label", "domain")}
+
+
 def _signature(embeddings: dict, split: Split, columns: dict) -> tuple[SparseSignature | None, dict]:
     """The signature of the training embeddings, how well it does itself, and how far refits of it agree.
 
@@ -553,7 +570,7 @@ def _signature(embeddings: dict, split: Split, columns: dict) -> tuple[SparseSig
             y_val=label[split.val],
             groups_val=patient[split.val],
         )
-    except ValueError as error:
+    except NothingToSelect as error:
         return None, {"size": 0, "width": embeddings["train"].shape[1], "why_none": str(error)}
     domains = columns["domain"][split.train]
     stability = refit_stability(
@@ -564,23 +581,30 @@ def _signature(embeddings: dict, split: Split, columns: dict) -> tuple[SparseSig
         patient[split.train],
         n_subsamples=10 if (domains == domains[0]).all() else 0,
     )
-    test = scores(label[split.test], signature.predict_proba(embeddings["test"])[:, 1], patient[split.test])
+    part = "test" if len(split.test) else "test_source"
+    rows = getattr(split, part)
+    test = scores(label[rows], signature.predict_proba(embeddings[part])[:, 1], patient[rows])
+    curve = {"size": signature.path_size_, "val": signature.validation_loss_}
+    curve["test"] = signature.loss_curve(embeddings[part], label[rows], patient[rows])
     return signature, {
         "size": len(signature.signature_),
         "width": embeddings["train"].shape[1],
         "live": int(signature.n_live_),
         **stability,
         "test": test,
+        "curve": {name: values.tolist() for name, values in curve.items()},
     }
 
 
 def _write_model(cell, ds, folder, model, columns, split, results, signature) -> None:
     size, mpp = cell.image_size, columns["mpp"][split.train]
     zoom = cell.fit_config.zoom
-    name = f"{cell.model or get_task(cell.method).arch}.{cell.left_out}"
+    arch, source = cell.model or get_task(cell.method).arch, source_name(ds)
+    name = f"{arch}.{source}_{cell.left_out}" if len(split.test) else f"{arch}.{source}"
     trained = np.concatenate([split.train, split.val])
     about = {
         "temperature": results["temperature"],
+        "trained_on": source,
         "mpp_source": sorted({round(float(m), 6) for m in np.asarray(ds["mpp"], float)[split.train] if m == m}),
         "seen": {
             "patients": sorted(set(columns["patient"][trained])),
@@ -598,13 +622,18 @@ def _write_model(cell, ds, folder, model, columns, split, results, signature) ->
         "crop_mode": "center",
     }
     labels = ds.features["label"].names
-    text = f"Trained by {cell.method} (recipe {cell.recipe}) with {domain_name(cell.held_out)} held out, fold {cell.fold}."
     target = write_model_folder(
-        folder / "model", model, name=name, label_names=labels, data_config=data_config, about=about, text=text
+        folder / "model", model, name=name, label_names=labels, data_config=data_config, about=about
     )
     if signature is not None:
-        known = {"class_names": labels, "embedding": cell.embedding, "source": name, "mpp_range": about.get("mpp_range")}
-        known["stability"] = {k: v for k, v in results["signature"].items() if k != "test"}
+        known = {
+            "class_names": labels,
+            "embedding": cell.embedding,
+            "source": name,
+            "mpp_range": about.get("mpp_range"),
+        }
+        known["weights_sha256"] = weights_digest(model)
+        known["stability"] = {k: v for k, v in results["signature"].items() if k not in ("test", "curve")}
         SignatureProjector.from_signature(signature, **known).save_pretrained(target)
     shutil.copy(folder / "predictions.parquet", target)
     write_json(target / "results.json", results)

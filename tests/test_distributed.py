@@ -106,3 +106,20 @@ def test_two_processes_are_one_with_twice_the_hands(method, data, tmp_path):
     assert torch.allclose(one["logits"], two["logits"], atol=1e-3)
     assert torch.allclose(one["embedding"], two["embedding"], atol=1e-3)
     assert [p.name for p in (tmp_path / "two").glob("checkpoint*")] == ["checkpoint.pt"]
+
+
+def test_batch_norm_in_training_takes_each_process_for_itself_and_all_predict_alike(data, tmp_path):
+    """On CPUs, see `fit`: a loss near that of one process, not equal to it, and one model that predicts."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    debug_launcher(train, (ERM, data, tmp_path / "two"), num_processes=2)
+    train(ERM, data, tmp_path / "one")
+    one, two, other = (load(tmp_path / name) for name in ("one/rank0.pt", "two/rank0.pt", "two/rank1.pt"))
+    assert one["losses"] != pytest.approx(two["losses"], abs=1e-4)
+    assert one["losses"] == pytest.approx(two["losses"], rel=0.2)
+    for name, value in two["weights"].items():
+        assert torch.equal(value, other["weights"][name]), name
+    model = ERM.create_model("test_magdg_resnet", num_classes=2, num_domains=3)
+    model.load_state_dict(two["weights"])
+    alone, _ = predict(model, data[0], data[1].index, 32)
+    assert np.allclose(two["logits"].numpy(), alone, atol=1e-5)

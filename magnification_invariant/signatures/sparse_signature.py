@@ -8,8 +8,13 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 from threadpoolctl import threadpool_limits
 
+from magnification_invariant.signatures.embeddings import live_dimensions
 from magnification_invariant.signatures.projector import probabilities
 from magnification_invariant.signatures.solver import l1_logistic_path
+
+
+class NothingToSelect(ValueError):
+    """The embedding has collapsed: no dimension tells anything."""
 
 
 class SparseSignature(ClassifierMixin, TransformerMixin, BaseEstimator):
@@ -90,7 +95,8 @@ class SparseSignature(ClassifierMixin, TransformerMixin, BaseEstimator):
             The estimator.
 
         Raises:
-            ValueError: On NaN, one class, no live dimension, too few patients for the folds, labels that training has
+            NothingToSelect: No dimension varies, or none differs between the classes.
+            ValueError: On NaN, one class, too few patients for the folds, labels that training has
                 not seen, or columns of other lengths.
         """
         X, y = validate_data(self, X, y, dtype=np.float64)
@@ -105,12 +111,12 @@ class SparseSignature(ClassifierMixin, TransformerMixin, BaseEstimator):
             self.mean_, self.scale_, self.live_ = _scaling(X)
             self.n_live_ = int(self.live_.sum())
             if not self.n_live_:
-                raise ValueError(f"all {X.shape[1]} dimensions are constant over the {len(X)} rows: nothing to select")
+                raise NothingToSelect(f"all {X.shape[1]} dimensions are constant over the {len(X)} rows")
             scaled = self._scale(X)
             share = np.eye(len(self.classes_))[codes] - np.bincount(codes) / len(codes)
             largest = float(np.abs(scaled.T @ share).max()) / len(codes)
             if not largest > 1e-12:
-                raise ValueError("no dimension differs between the classes, so there is no path of penalties")
+                raise NothingToSelect("no dimension differs between the classes, so there is no path of penalties")
             end, length = self.ratio, self.n_lambdas
             if self.lambda_fraction is not None:  # as many warm starts on the way as the default path would take
                 end = self.lambda_fraction
@@ -159,8 +165,7 @@ class SparseSignature(ClassifierMixin, TransformerMixin, BaseEstimator):
             return
         if X_val is not None:
             X_val, y_val = validate_data(self, X_val, y_val, dtype=np.float64, reset=False)
-            if not np.isin(y_val, self.classes_).all():
-                raise ValueError(f"y_val holds labels that y does not: {np.setdiff1d(y_val, self.classes_).tolist()}")
+            self._check_known(y_val, "y_val")
             held_out = _patient_codes(groups_val, len(y_val), "groups_val")
             if held_out.max() < 1:
                 raise ValueError("choosing a penalty takes at least two validation patients")
@@ -178,6 +183,22 @@ class SparseSignature(ClassifierMixin, TransformerMixin, BaseEstimator):
         within = loss <= loss[best] + (se[best] if self.rule == "one_se" else 0)
         self._chosen = int(np.argmax(within))
         self.validation_loss_, self.validation_se_ = loss, se
+
+    def loss_curve(self, X: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None) -> np.ndarray:
+        """Log-loss in nats of other patients, each weighing the same, at every point of the path: (L,).
+
+        With `path_size_`, the curve by which methods are compared: the training patients also trained the network.
+        """
+        check_is_fitted(self)
+        X, y = validate_data(self, X, y, dtype=np.float64, reset=False)
+        self._check_known(y, "y")
+        patients = _patient_codes(groups, len(y), "groups")
+        codes = np.searchsorted(self.classes_, y)
+        return _patient_losses(self._scale(X), codes, patients, self.path_coef_, self.path_intercept_).mean(axis=0)
+
+    def _check_known(self, y: np.ndarray, name: str) -> None:
+        if not np.isin(y, self.classes_).all():
+            raise ValueError(f"{name} holds labels that y does not: {np.setdiff1d(y, self.classes_).tolist()}")
 
     def _cross_validate(self, X: np.ndarray, codes: np.ndarray, patients: np.ndarray) -> np.ndarray:
         """Log-loss of each patient at each penalty, (patients, L), from a path that has not seen the patient."""
@@ -245,10 +266,23 @@ class SparseSignature(ClassifierMixin, TransformerMixin, BaseEstimator):
 
 
 def _scaling(X: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean, standard deviation and liveness of each column; a column is dead if float32 would not see it vary."""
-    mean, scale = X.mean(axis=0), X.std(axis=0)
-    live = scale > 1e-6 * np.abs(X).max(axis=0)
-    return mean, np.where(live, scale, 1.0), live
+    """Mean, standard deviation (1 for the dead) and liveness of each column."""
+    live = live_dimensions(X)
+    return X.mean(axis=0), np.where(live, X.std(axis=0), 1.0), live
+
+
+def size_at_loss(sizes: ArrayLike, losses: ArrayLike, loss: float) -> int | None:
+    """Smallest signature on a path whose held-out log-loss is at most `loss`; None if none reaches it.
+
+    Methods are compared at one loss that all of them reach.
+
+    Args:
+        sizes: (L,) sizes on the path, `path_size_`.
+        losses: (L,) their log-loss on held-out patients, from `loss_curve`.
+        loss: To reach, in nats.
+    """
+    sizes, losses = np.asarray(sizes), np.asarray(losses)
+    return int(sizes[losses <= loss].min()) if (losses <= loss).any() else None
 
 
 def _patient_codes(groups: ArrayLike | None, n_rows: int, name: str) -> np.ndarray:

@@ -246,11 +246,12 @@ def tiny(monkeypatch):
 
 def files(folder):
     names = ("results.json", "predictions.parquet", "embeddings.safetensors", "gan_samples.png", "metrics.jsonl")
-    return [(folder / name).read_bytes() for name in (*names, "model/model.safetensors")]
+    return [(folder / name).read_bytes() for name in (*names, "prepare.jsonl", "model/model.safetensors")]
 
 
 def test_a_cell_cut_off_anywhere_ends_as_one_left_alone(breakhis_tree, tmp_path, tiny, monkeypatch):
     ds, save = load_breakhis(breakhis_tree), engine._save_checkpoint
+    monkeypatch.setattr(engine, "CHECKPOINT_SECONDS", 0)
     run_cell(CELL, ds, tmp_path / "alone")
     for name, epoch in (("prepare.pt", 2), ("checkpoint.pt", 1)):
 
@@ -269,7 +270,10 @@ def test_a_cell_cut_off_anywhere_ends_as_one_left_alone(breakhis_tree, tmp_path,
         assert files(folder) == files(tmp_path / "alone")
 
     left = {path.name for path in (tmp_path / "alone").iterdir()}
-    assert "gan_samples.png" in left and not left & {"prepare.pt", "checkpoint.pt"}
+    assert "gan_samples.png" in left and not left & {"prepare.pt", "checkpoint.pt", "prepare", "epochs"}
+    lines = [json.loads(line) for line in (tmp_path / "alone" / "prepare.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [0, 1, 2]
+    assert {"generator_loss", "discriminator_loss"} <= lines[0].keys()
     results = json.loads((tmp_path / "alone" / "results.json").read_text())
     gan = results["gan"]
     assert gan["steps"] == 3 and gan["images"] == 3 * 128  # 12 rows fill one batch
