@@ -29,7 +29,7 @@ from PIL import Image, ImageDraw, ImageFilter
 __all__ = ["Optics", "Patient", "load_virtual_slides", "native_mpp", "render_field", "virtual_field", "virtual_patient"]
 
 # Raise it whenever a pixel changes: cached folders of another version are then left alone and drawn anew.
-GENERATOR_VERSION = 3
+GENERATOR_VERSION = 4
 SIDECAR = "virtual_slides.json"
 MAGNIFICATIONS = (40, 100, 200, 400)
 BENIGN = {"A": "adenosis", "F": "fibroadenoma", "PT": "phyllodes_tumor", "TA": "tubular_adenoma"}
@@ -133,13 +133,16 @@ def virtual_patient(number: int) -> Patient:
     sign = 2 * label - 1
     # Grade and architecture go with the class, not in step and with overlap: some benign tissue is atypical or
     # solid, some carcinomas are bland or form glands.
-    atypia = _sigmoid(3.4 * sign + rng.standard_t(3))
-    solid = _sigmoid(1.7 * sign + 0.5 * rng.standard_t(3))
+    atypia = _sigmoid(3.6 * sign + rng.standard_t(3))
+    solid = _sigmoid(1.2 * sign + 0.5 * rng.standard_t(3))
     subtypes = list(MALIGNANT if label else BENIGN)
     jitter = rng.normal(0, 0.05, (2, 3))
     stain = np.array([[0.70, 0.68, 0.30], [0.10, 0.85, 0.32]]) * np.exp(jitter)
     stain *= np.exp(rng.normal(0, 0.12, (2, 1)))
-    diameter = 5.2 * math.exp(0.16 * rng.standard_normal())
+    # Grade also clears the middle of nuclei. What it takes there it adds at the rim, so that the mean stays, and the
+    # rims give back the power at 1 um that fewer and larger nuclei lack.
+    pallor = 0.2 * (atypia - 0.5)
+    diameter = 5.2 * math.exp(0.22 * rng.standard_normal())
     return Patient(
         number=number,
         label=label,
@@ -153,18 +156,18 @@ def virtual_patient(number: int) -> Patient:
         mitoses=atypia,
         diameter=diameter,
         spacing=diameter * 1.25 * math.exp(0.09 * rng.standard_normal()),
-        pitch=float(np.clip(58 * math.exp(0.22 * rng.standard_normal()), 42, 90)),
+        pitch=float(np.clip(58 * math.exp(0.30 * rng.standard_normal()), 42, 90)),
         epithelium=rng.uniform(0.5, 0.9),
         fat=rng.uniform(0.0, 0.7),
         inflammation=rng.gamma(1.0, 3.0),
         fibre_angle=rng.uniform(0, math.pi),
         looseness=rng.uniform(0.1, 0.9),
         stain=tuple(tuple(float(v) for v in row) for row in stain),
-        chromatin=0.62 * math.exp(0.10 * rng.standard_normal()),
-        vesicular=rng.uniform(0.1, 0.7),
+        chromatin=0.62 * (1 + 0.34 * pallor) * math.exp(0.15 * rng.standard_normal()),
+        vesicular=rng.uniform(0.1, 0.7) + pallor,
         grain=rng.uniform(0.3, 1.1),
         cytoplasm=(0.12 * math.exp(0.3 * rng.standard_normal()), 0.30 * math.exp(0.25 * rng.standard_normal())),
-        collagen=(0.07 * math.exp(0.3 * rng.standard_normal()), 0.43 * math.exp(0.2 * rng.standard_normal())),
+        collagen=(0.07 * math.exp(0.3 * rng.standard_normal()), 0.30 * math.exp(0.35 * rng.standard_normal())),
         secretion=rng.uniform(0, 0.12),
         core=rng.uniform(0.39, 0.61),
     )
@@ -187,7 +190,7 @@ class _Site:
 _ANGLES = np.arange(48) * (2 * np.pi / 48)
 _WHITE = (0.0, 0.0, 0.0, 0.0)
 DARK = 0.03  # share of nuclei that are dark bodies: apoptotic, or mitoses where the grade is high
-CROWD = 0.14  # how much less room a nucleus has at the highest grade
+CROWD = 0.10  # how much less room a nucleus has at the highest grade
 MARGIN = 0.4  # of the width of a cell, kept free of nuclei along the borders of a gland or nest
 
 
@@ -284,7 +287,8 @@ def _site(number: int, i: int, j: int) -> _Site:
     if rng.random() < patient.epithelium:
         # A unit is a core and a shell. In a gland the core is lumen and the shell epithelium; in a solid nest the core
         # is epithelium and the shell a retraction space. Core and shell have the same area on average, so pictures of
-        # both have the same composition, and with stroma half way between white and epithelium the same spectrum.
+        # both have the same composition, and with stroma half way between white and epithelium the same spectrum: hence
+        # the pale collagen.
         solid = rng.random() < patient.solid
         radius = pitch * rng.uniform(0.32, 0.49)
         share = math.sqrt(patient.core + rng.uniform(-0.07, 0.07))
@@ -384,7 +388,7 @@ def _optics(seed: int, patient: int, magnification: int, k: int, strength: int) 
     light = 0.9 * np.exp(strength * (colour - 0.02 * abs(shot.standard_normal())))
     # Airy disc of the objective's numerical aperture and of the focus missed in this shot, both in um.
     aperture = {4: 0.10, 10: 0.25, 20: 0.40, 40: 0.65}[magnification // 10]
-    blur = 0.5 * strength * 0.21 * 0.55 / aperture * math.exp(0.35 * shot.standard_normal())
+    blur = 0.5 * strength * 0.21 * 0.55 / aperture * math.exp(0.8 * shot.standard_normal())
     return Optics(
         session=session,
         haematoxylin=float(drift[0]),
