@@ -5,9 +5,20 @@ from importlib import import_module
 _PUBLIC = {
     "l1_logistic_path": "solver",
     "SparseSignature": "sparse_signature",
+    "size_at_loss": "sparse_signature",
+    "write_embeddings": "embeddings",
+    "read_embeddings": "embeddings",
+    "about_embeddings": "embeddings",
+    "live_dimensions": "embeddings",
     "SignatureProjector": "projector",
+    "weights_digest": "projector",
+    "agreement": "refits",
     "refit_stability": "refits",
     "refit_supports": "refits",
+    "stability_selection": "selection",
+    "match_units": "networks",
+    "same_units": "networks",
+    "across_networks": "networks",
 }
 
 __all__ = [*_PUBLIC]

@@ -1,6 +1,8 @@
 """SignatureProjector: the frozen signature that is shared beside a model's weights."""
 
+import hashlib
 import json
+import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,7 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from magnification_invariant.hub_files import resolve, upload
+
 if TYPE_CHECKING:
+    import torch
+
     from magnification_invariant.signatures.sparse_signature import SparseSignature
 
 JSON_FILE, WEIGHTS_FILE = "signature.json", "signature.safetensors"
@@ -30,6 +36,15 @@ def probabilities(scores: np.ndarray) -> np.ndarray:
     return np.exp(log - logsumexp(log, axis=1, keepdims=True))
 
 
+def weights_digest(model: "torch.nn.Module") -> str:
+    """Sha256 over names and values of a model's weights, the domain head left out: it is not published."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        if not name.startswith("domain_head."):
+            digest.update(name.encode() + value.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
 @dataclass(frozen=True, eq=False)
 class SignatureProjector:
     """Maps embeddings of one model to signatures and class probabilities, with numpy alone.
@@ -45,6 +60,7 @@ class SignatureProjector:
         embedding: Kind of embedding, "penultimate" or "pyramid".
         source: Id of the model whose embeddings these are; indices mean nothing in another model's.
         revision: Revision of that model, if it is on the Hub.
+        weights_sha256: `weights_digest` of that model: `as_module` takes no other.
         mpp_range: Smallest and largest micrometres per pixel at the network's input that it was fitted on.
         stability: Figures of how far refits agree, as `refit_stability` returns them.
     """
@@ -59,6 +75,7 @@ class SignatureProjector:
     embedding: str
     source: str
     revision: str | None = None
+    weights_sha256: str | None = None
     mpp_range: tuple[float, float] | None = None
     stability: dict[str, Any] = field(default_factory=dict)
 
@@ -83,6 +100,7 @@ class SignatureProjector:
         embedding: str,
         source: str,
         revision: str | None = None,
+        weights_sha256: str | None = None,
         mpp_range: tuple[float, float] | None = None,
         stability: dict[str, Any] | None = None,
     ) -> "SignatureProjector":
@@ -102,6 +120,7 @@ class SignatureProjector:
             embedding=embedding,
             source=source,
             revision=revision,
+            weights_sha256=weights_sha256,
             mpp_range=None if mpp_range is None else (float(mpp_range[0]), float(mpp_range[1])),
             stability=stability or {},
         )
@@ -143,6 +162,49 @@ class SignatureProjector:
         signatures = self.transform(embeddings, embedding=embedding, source=source)
         return probabilities(signatures @ self.weight.T + self.bias)
 
+    def as_module(self, model: "torch.nn.Module") -> "torch.nn.Module":
+        """Joins the signature to its network: a module from images to signatures, which torch and ONNX can export.
+
+        Args:
+            model: The timm ResNet whose embeddings the signature was fitted on.
+
+        Returns:
+            A module in eval mode: normalised images (B, 3, H, W) to signatures (B, k), float32.
+
+        Raises:
+            ValueError: If the model's embeddings are of another width, or its weights are not those of `source`.
+        """
+        import torch
+
+        from magnification_invariant.models import embed
+
+        kind, width = self.embedding, model.num_features
+        if kind == "pyramid":
+            width = 2 * sum(stage["num_chs"] for stage in model.feature_info[1:])
+        if width != self.width:
+            raise ValueError(
+                f"this signature takes {kind!r} embeddings of width {self.width}, the model's have {width}"
+            )
+        if self.weights_sha256 not in (None, weights_digest(model)):
+            raise ValueError(
+                f"these are not the weights of {self.source!r}, which this signature belongs to: its indices mean "
+                "nothing in another network. Load that model as it was saved, and change its type only afterwards"
+            )
+
+        class Signature(torch.nn.Module):
+            def __init__(self, arrays: dict[str, np.ndarray]):
+                super().__init__()
+                self.model = model
+                self.register_buffer("indices", torch.from_numpy(arrays["indices"]))
+                self.register_buffer("mean", torch.from_numpy(arrays["mean"]).float())
+                self.register_buffer("scale", torch.from_numpy(arrays["scale"]).float())
+
+            def forward(self, images: torch.Tensor) -> torch.Tensor:
+                _, embedding = embed(self.model, images, kind)
+                return (embedding.index_select(1, self.indices) - self.mean) / self.scale
+
+        return Signature({name: getattr(self, name) for name in _ARRAYS}).eval()
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `signature.json` and `signature.safetensors` into a folder, beside a model's own files."""
         from safetensors.numpy import save_file
@@ -156,24 +218,32 @@ class SignatureProjector:
         about = json.loads(json.dumps(about), parse_constant=lambda _: None)  # JSON has no NaN
         (folder / JSON_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
+    def push_to_hub(self, repo: str, **options) -> str:
+        """Commits the two files to a Hub model repository, beside what is there; returns the commit's URL.
+
+        Args:
+            repo: Repository id, best the one that holds the model itself.
+            **options: Of `hub_files.upload`: private, revision, create_pr, message.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return upload(folder, repo, **{"message": f"Signature of {len(self.indices)} dimensions", **options})
+
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "SignatureProjector":
-        """Reads what `save_pretrained` wrote.
+    def from_pretrained(cls, repo_or_folder: str | Path, revision: str | None = None) -> "SignatureProjector":
+        """Reads what `save_pretrained` or `push_to_hub` wrote.
 
         Raises:
-            FileNotFoundError: If the folder holds no signature.
+            FileNotFoundError: If the folder or repository holds no signature, or cannot be reached.
             ValueError: If the two files do not fit each other, or a later version of this package wrote them.
         """
         from safetensors.numpy import load_file
 
-        folder = Path(folder)
-        missing = [name for name in (JSON_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
-        if missing:
-            raise FileNotFoundError(f"{folder} holds no signature: {' and '.join(missing)} missing")
-        about = json.loads((folder / JSON_FILE).read_text(encoding="utf-8"))
+        file, weights = (resolve(str(repo_or_folder), name, revision) for name in (JSON_FILE, WEIGHTS_FILE))
+        about = json.loads(file.read_text(encoding="utf-8"))
         if about.pop("format", None) != FORMAT:
-            raise ValueError(f"{folder / JSON_FILE} is not of format {FORMAT}; update magnification_invariant")
+            raise ValueError(f"{file} is not of format {FORMAT}; update magnification_invariant")
         about.pop("size")
         about["class_names"] = tuple(about["class_names"])
         about["mpp_range"] = about["mpp_range"] and tuple(about["mpp_range"])
-        return cls(**load_file(folder / WEIGHTS_FILE), **about)
+        return cls(**load_file(weights), **about)

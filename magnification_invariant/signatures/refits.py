@@ -10,6 +10,8 @@ from sklearn.base import clone
 from magnification_invariant.metrics import chance_jaccard, jaccard, nogueira
 from magnification_invariant.signatures.sparse_signature import SparseSignature
 
+MONTE_CARLO = 30  # refits from which on their spread makes an interval
+
 
 def refit_supports(
     signature: SparseSignature,
@@ -42,7 +44,7 @@ def refit_supports(
     if n_subsamples:
         if groups is None:
             raise ValueError("subsamples are drawn by patient: pass groups")
-        parts = _halves(y, np.asarray(groups), n_subsamples, seed)
+        parts = halves(y, np.asarray(groups), n_subsamples, seed)
     elif domains is None:
         raise ValueError("pass domains to leave out, or a number of subsamples")
     else:
@@ -70,30 +72,54 @@ def refit_stability(
     """Measures how far the refits of `refit_supports` agree, over live dimensions; arguments as there.
 
     Returns:
-        refits: How the parts were made; sizes: of each refit's signature; jaccard: mean over pairs, with
-        jaccard_pairs and chance_jaccard, what random sets of these sizes score; nogueira and nogueira_interval. The
-        interval speaks of the resampling of this cohort alone, and of nothing with a handful of refits.
+        refits: How the parts were made; the keys of `agreement`; interval: what `nogueira_interval` speaks of.
     """
     supports = refit_supports(signature, X, y, domains, groups, n_subsamples=n_subsamples, seed=seed)
-    supports = supports[:, signature.live_]
+    made = f"{n_subsamples} halves of the patients" if n_subsamples else "each training domain left out once"
+    meaning = "none: too few refits"
+    if n_subsamples >= MONTE_CARLO:
+        meaning = "Monte Carlo, conditional on the cohort: it holds the chance of the halves, not of the patients"
+    found = agreement(supports[:, signature.live_])
+    if n_subsamples:
+        found["jaccard_pairs"] = None  # too many to keep
+    return {"refits": made, **found, "interval": meaning}
+
+
+def agreement(supports: ArrayLike) -> dict[str, Any]:
+    """How far signatures agree that index the same dimensions.
+
+    Args:
+        supports: (M, d) booleans over live dimensions, M >= 2.
+
+    Returns:
+        sizes (M,); jaccard: mean over pairs, with jaccard_pairs (in the order of `itertools.combinations`) and
+        chance_jaccard, what random sets of these sizes score; nogueira and nogueira_interval.
+    """
+    supports = np.asarray(supports, bool)
     sizes = supports.sum(axis=1).tolist()
     pairs = list(combinations(range(len(supports)), 2))
     found = [jaccard(supports[i], supports[j]) for i, j in pairs]
     phi = nogueira(supports)
     return {
-        "refits": f"{n_subsamples} halves of the patients" if n_subsamples else "each training domain left out once",
         "sizes": sizes,
         "jaccard": float(np.mean(found)),
-        "jaccard_pairs": found if not n_subsamples else None,
-        "chance_jaccard": float(np.mean([chance_jaccard(sizes[i], sizes[j], signature.n_live_) for i, j in pairs])),
+        "jaccard_pairs": found,
+        "chance_jaccard": float(np.mean([chance_jaccard(sizes[i], sizes[j], supports.shape[1]) for i, j in pairs])),
         "nogueira": phi.value,
         "nogueira_interval": [phi.low, phi.high],
     }
 
 
-def _halves(y: np.ndarray, groups: np.ndarray, n_subsamples: int, seed: int) -> list[np.ndarray]:
-    """Row masks of halves of the patients, each followed by its complement; classes are halved one by one."""
+def halves(y: np.ndarray, groups: np.ndarray, n_subsamples: int, seed: int) -> list[np.ndarray]:
+    """Row masks of halves of the patients, each followed by its complement; classes are halved one by one.
+
+    Raises:
+        ValueError: A class has a single patient, who cannot be in both halves.
+    """
     _, first, patient = np.unique(groups, return_index=True, return_inverse=True)
+    classes, patients = np.unique(y[first], return_counts=True)
+    if patients.min() < 2:
+        raise ValueError(f"class {classes[patients.argmin()]!r} has a single patient: both halves need one")
     rng, parts = np.random.default_rng(seed), []
     while len(parts) < n_subsamples:
         half = np.zeros(len(first), bool)

@@ -88,6 +88,7 @@ def l1_logistic_path(
     sample_weight: ArrayLike | None = None,
     tol: float = 1e-4,
     max_iter: int = 200,
+    max_size: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Solves L1 logistic regression at falling penalties.
 
@@ -103,6 +104,7 @@ def l1_logistic_path(
         sample_weight: (n,) non-negative weights, scaled to sum to 1.
         tol: Largest violation of the KKT conditions at each penalty, in units of that penalty.
         max_iter: Newton steps at one penalty; a ConvergenceWarning follows if they do not suffice.
+        max_size: Ends the path at the first penalty with as many non-zero coefficients; the arrays are shorter then.
 
     Returns:
         lambdas (L,), coefficients (L, p), intercepts (L,). `C = 1 / (n lambda)` in scikit-learn's terms.
@@ -153,7 +155,9 @@ def l1_logistic_path(
                     break
                 working |= missed
             coefs[step], intercepts[step], last = coef, intercept, penalty
-    return lambdas, coefs, intercepts
+            if max_size is not None and np.count_nonzero(coef) >= max_size:
+                break
+    return lambdas[: step + 1], coefs[: step + 1], intercepts[: step + 1]
 
 
 def _solve(X, y, weight, penalty, coef, intercept, eta, tol, max_iter):

@@ -1,11 +1,19 @@
 """The shared signature gives the estimator's numbers after a round trip, and refuses what is not its own."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+import timm
+import torch
+from hub_server import HubServer
 
-from magnification_invariant.signatures import SignatureProjector, SparseSignature
+import magnification_invariant  # noqa: F401  (registers the models)
+from magnification_invariant.models import embed
+from magnification_invariant.signatures import SignatureProjector, SparseSignature, weights_digest
 
 
 def fitted(classes: int = 2):
@@ -70,7 +78,7 @@ def test_what_is_not_its_own_is_refused():
 
 
 def test_damaged_files_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"signature\.json and signature\.safetensors missing"):
+    with pytest.raises(FileNotFoundError, match=r"holds no signature\.json"):
         SignatureProjector.from_pretrained(tmp_path)
     made, signature, _ = projector()
     made.save_pretrained(tmp_path)
@@ -85,3 +93,99 @@ def test_damaged_files_are_refused(tmp_path):
             SignatureProjector.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="3 class names for 2 classes"):
         SignatureProjector.from_signature(signature, class_names=list("abc"), embedding="pyramid", source="x")
+
+
+def of_network(kind: str, **about):
+    """A small network, images, and a signature of random dimensions of its embeddings."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_magdg_resnet", num_classes=2).eval()
+    images = torch.randn(4, 3, 32, 32)
+    with torch.inference_mode():
+        embedding = embed(model, images, kind)[1].numpy()
+    width = embedding.shape[1]
+    rng = np.random.default_rng(0)
+    made = SignatureProjector(
+        indices=np.sort(rng.choice(width, 9, replace=False)),
+        mean=rng.standard_normal(9),
+        scale=rng.uniform(0.5, 2, 9),
+        weight=rng.standard_normal((1, 9)),
+        bias=np.zeros(1),
+        width=width,
+        class_names=("benign", "malignant"),
+        embedding=kind,
+        source="test",
+        **about,
+    )
+    return made, model, images, embedding
+
+
+@pytest.mark.parametrize("kind", ["penultimate", "pyramid"])
+def test_the_module_goes_from_images_to_signatures(kind):
+    made, model, images, embedding = of_network(kind)
+    module = made.as_module(model.train())
+    with torch.inference_mode():
+        assert module(images).numpy() == pytest.approx(made.transform(embedding), abs=1e-4)
+
+
+def test_the_module_takes_its_own_network_alone(tmp_path):
+    made, model, *_ = of_network("pyramid")
+    with pytest.raises(ValueError, match="width 736, the model's have 1920"):
+        made.as_module(timm.create_model("magerm_resnet18", num_classes=2))
+    made, model, images, _ = of_network("penultimate", weights_sha256=weights_digest(model))
+    made.save_pretrained(tmp_path)
+    made = SignatureProjector.from_pretrained(tmp_path)
+    plain = timm.create_model("test_resnet", num_classes=2)  # as the published model: without the domain head
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("domain_head.")})
+    with torch.inference_mode():
+        assert torch.equal(made.as_module(plain)(images), made.as_module(model)(images))
+        plain.layer1[0].conv1.weight[0, 0, 0, 0] += 1e-6
+    with pytest.raises(ValueError, match="not the weights of 'test'"):
+        made.as_module(plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["penultimate", "pyramid"])
+def test_onnx_runtime_gives_the_same_signatures(kind, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    made, model, images, embedding = of_network(kind)
+    batch = torch.export.Dim("batch", min=1, max=1024)
+    program = torch.onnx.export(
+        made.as_module(model), (images,), dynamo=True, dynamic_shapes=({0: batch},), input_names=["images"]
+    )
+    program.save(tmp_path / "signature.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "signature.onnx", providers=["CPUExecutionProvider"])
+    for part in (slice(0, 4), slice(1, 2)):
+        (found,) = session.run(None, {"images": images[part].numpy()})
+        assert found == pytest.approx(made.transform(embedding[part]), abs=1e-3)
+
+
+@pytest.mark.slow
+def test_it_goes_to_the_hub_and_back_beside_the_model(tmp_path):
+    made, _, x = projector()
+    made.save_pretrained(tmp_path / "made")
+    np.save(tmp_path / "x.npy", x)
+    code = """
+import numpy as np
+from magnification_invariant.signatures import SignatureProjector
+
+made = SignatureProjector.from_pretrained("made")
+print(made.push_to_hub("me/model", message="a signature"))
+for read in (SignatureProjector.from_pretrained("me/model"), SignatureProjector.from_pretrained("me/model", "main")):
+    x = np.load("x.npy")
+    assert (read.predict_proba(x) == made.predict_proba(x)).all() and read.source == made.source
+try:
+    SignatureProjector.from_pretrained("me/none")
+except FileNotFoundError as error:
+    print("REFUSED", error)
+"""
+    with HubServer() as hub:
+        hub.create("me/model", {"config.json": b"{}", "model.safetensors": b"weights"})
+        env = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        env |= hub.env(tmp_path / "home")
+        done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "REFUSED me/none is neither a folder nor a Hub repository that gives signature.json" in done.stdout
+        assert hub.commits("me/model") == ["initial commit", "a signature"]
+        own = {".gitattributes", "config.json", "model.safetensors"}
+        assert hub.files("me/model").keys() == own | {"signature.json", "signature.safetensors"}
+        assert hub.files("me/model")["model.safetensors"] == b"weights"

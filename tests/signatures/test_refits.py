@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from magnification_invariant.signatures import SparseSignature, refit_stability, refit_supports
-from magnification_invariant.signatures.refits import _halves
+from magnification_invariant.signatures.refits import halves
 
 
 def cohort(strong: int, seed: int = 0):
@@ -38,6 +38,7 @@ def test_strong_dimensions_make_stable_signatures_and_noise_does_not():
     )
     assert noise["nogueira"] < 0.4
     assert noise["nogueira_interval"][0] < noise["nogueira"] < noise["nogueira_interval"][1]
+    assert noise["interval"].startswith("Monte Carlo, conditional on the cohort") and stable["interval"][:4] == "none"
 
 
 def test_dead_dimensions_do_not_make_agreement_look_rarer_than_it_is():
@@ -48,9 +49,9 @@ def test_dead_dimensions_do_not_make_agreement_look_rarer_than_it_is():
     assert with_dead == without
 
 
-def test_halves_are_of_patients_within_classes_and_come_with_their_complement():
+def testhalves_are_of_patients_within_classes_and_come_with_their_complement():
     _, y, _, patient = cohort(1)
-    parts = _halves(y, patient, 6, 0)
+    parts = halves(y, patient, 6, 0)
     assert len(parts) == 6
     for half, rest in zip(parts[::2], parts[1::2], strict=True):
         assert (half ^ rest).all()
@@ -66,5 +67,7 @@ def test_bad_input_is_refused():
         refit_supports(fitted, x, y, np.zeros(len(y)))
     with pytest.raises(ValueError, match="pass groups"):
         refit_supports(fitted, x, y, n_subsamples=4)
+    with pytest.raises(ValueError, match="single patient"):
+        refit_supports(fitted, x, y, groups=np.where(y == 0, -1, patient), n_subsamples=4)
     with pytest.raises(ValueError, match="pass domains"):
         refit_supports(fitted, x, y, groups=patient)
