@@ -2,14 +2,44 @@
 
 from importlib import import_module
 
+from magnification_invariant.tasks.cdann import CDANN
+from magnification_invariant.tasks.coral import CORAL
 from magnification_invariant.tasks.dann import DANN
 from magnification_invariant.tasks.erm import ERM
+from magnification_invariant.tasks.frozen import Frozen
 from magnification_invariant.tasks.gan import DCGAN, DegradedERM, MagGAN
+from magnification_invariant.tasks.mixstyle import MixStyle
+from magnification_invariant.tasks.multitask import MultiTask
 from magnification_invariant.tasks.task import Player, Task
 
-TASKS: dict[str, type[Task]] = {"erm": ERM, "dann": DANN, "gan": MagGAN, "degraded": DegradedERM}
+TASKS: dict[str, type[Task]] = {
+    "erm": ERM,
+    "dann": DANN,
+    "gan": MagGAN,
+    "degraded": DegradedERM,
+    "cdann": CDANN,
+    "coral": CORAL,
+    "mixstyle": MixStyle,
+    "multitask": MultiTask,
+    "frozen": Frozen,
+}
 
-__all__ = ["DANN", "DCGAN", "ERM", "TASKS", "DegradedERM", "MagGAN", "Player", "Task", "get_task"]
+__all__ = [
+    "CDANN",
+    "CORAL",
+    "DANN",
+    "DCGAN",
+    "ERM",
+    "TASKS",
+    "DegradedERM",
+    "Frozen",
+    "MagGAN",
+    "MixStyle",
+    "MultiTask",
+    "Player",
+    "Task",
+    "get_task",
+]
 
 
 def get_task(name: str) -> type[Task]:

@@ -4,7 +4,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from magnification_invariant.models import dann_coeff
+from magnification_invariant.models import dann_coeff, grad_reverse
 from magnification_invariant.tasks.task import Player, Task, parameters_except
 
 SCHEDULES = ("dann", "constant", "linear", "adaptive")
@@ -22,12 +22,14 @@ class DANN(Task):
             ``c``; "linear": ``c p``; "adaptive": ``c dann_coeff(p) |dL_class/dz| / |dL_domain/dz|`` at the pooled
             features z of the batch, so that the adversary pushes the features as hard as the class loss does, however
             large or small its own gradient has become.
+        critic_steps: 0 trains the domain head in the same step as the rest. Otherwise it is a player of its own that
+            takes so many steps, on frozen features, before each step of the rest.
     """
 
     arch = "magdg_resnet18"
-    options = ("label_smoothing", "coeff", "coeff_schedule")
+    options = ("label_smoothing", "coeff", "coeff_schedule", "critic_steps")
 
-    def __init__(self, model, *, coeff: float = 1.0, coeff_schedule: str = "dann", **kwargs):
+    def __init__(self, model, *, coeff: float = 1.0, coeff_schedule: str = "dann", critic_steps: int = 0, **kwargs):
         super().__init__(model, **kwargs)
         if not getattr(model, "num_domains", 0):
             raise ValueError(
@@ -38,24 +40,42 @@ class DANN(Task):
             raise ValueError("DANN needs at least two training domains to tell apart, and there is one: use erm")
         if coeff_schedule not in SCHEDULES:
             raise ValueError(f"unknown coefficient schedule {coeff_schedule!r}: choose from {', '.join(SCHEDULES)}")
-        self.coeff, self.coeff_schedule = coeff, coeff_schedule
-        model.set_domain_training(True)
+        if not isinstance(critic_steps, int) or critic_steps < 0:
+            raise ValueError(f"critic_steps is a number of steps, 0 for a common one, not {critic_steps!r}")
+        self.coeff, self.coeff_schedule, self.critic_steps = coeff, coeff_schedule, critic_steps
 
     @classmethod
     def create_model(cls, arch, *, num_classes, num_domains, **kwargs):
         return timm.create_model(arch, num_classes=num_classes, num_domains=num_domains, **kwargs)
 
     @property
+    def critic(self) -> list[torch.nn.Parameter]:
+        """What minimises the domain loss and nothing else."""
+        return list(self.model.domain_head.parameters())
+
+    @property
     def players(self):
-        head = self.model.domain_head
-        return [Player("model", [parameters_except(self.model, head), list(head.parameters())])]
+        rest = parameters_except(self.model, self.model.domain_head)
+        if self.critic_steps:
+            return [Player("critic", [self.critic], steps=self.critic_steps), Player("model", [rest])]
+        return [Player("model", [rest, self.critic])]
+
+    def domain_loss(self, pooled, target, domain) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss of the domain head on pooled features (b, width), and its logits (b, domains)."""
+        output = self.model.domain_head(pooled)
+        return F.cross_entropy(output, domain), output
 
     def forward(self, input, target, domain, progress, player=0):
-        pooled = self.model.forward_head(self.model.forward_features(input), pre_logits=True)
+        critic_alone = self.critic_steps and player == 0
+        with torch.set_grad_enabled(not critic_alone and torch.is_grad_enabled()):
+            pooled = self.model.forward_head(self.model.forward_features(input), pre_logits=True)
+        if critic_alone:
+            loss, output = self.domain_loss(pooled, target, domain)
+            return {"loss": loss, "output": output, "critic_loss": loss.detach()}
         coeff = self._coefficient(pooled, target, domain, progress)
-        self.model.set_grl_coeff(coeff)
-        output, domain_output = self.model.forward_heads(pooled)
-        class_loss, domain_loss = self.class_loss(output, target), F.cross_entropy(domain_output, domain)
+        output = self.model.get_classifier()(pooled)
+        domain_loss, domain_output = self.domain_loss(grad_reverse(pooled, coeff), target, domain)
+        class_loss = self.class_loss(output, target)
         return {
             "loss": class_loss + domain_loss,
             "output": output,
@@ -74,7 +94,7 @@ class DANN(Task):
         if self.coeff_schedule == "adaptive":
             z = pooled.detach().requires_grad_()
             class_loss = self.class_loss(self.model.get_classifier()(z), target)
-            domain_loss = F.cross_entropy(self.model.domain_head(z), domain)
+            domain_loss, _ = self.domain_loss(z, target, domain)
             (by_class,), (by_domain,) = torch.autograd.grad(class_loss, z), torch.autograd.grad(domain_loss, z)
             coeff = coeff * by_class.norm() / by_domain.norm().clamp(min=1e-12)
         return coeff

@@ -38,6 +38,7 @@ class Task(nn.Module):
 
     arch = ""
     options: tuple[str, ...] = ("label_smoothing",)  # of the constructor: what a user may set
+    pretrained = False  # whether `create_model` loads weights
 
     def __init__(self, model: nn.Module, *, label_smoothing: float = 0.0):
         super().__init__()

@@ -1,0 +1,35 @@
+"""Class-conditional domain-adversarial training (Li et al., "Deep Domain Generalization via Conditional Invariant
+Adversarial Networks", ECCV 2018), in DomainBed's form (Gulrajani and Lopez-Paz, ICLR 2021)."""
+
+import torch
+import torch.nn.functional as F
+
+from magnification_invariant.tasks.dann import DANN
+
+
+class CDANN(DANN):
+    """`DANN` whose adversary knows the class, so that features need to be alike within a class only.
+
+    The domain head D reads ``z + e_y``, z the pooled features and e_y a learned embedding of the class, and every class
+    of the batch weighs the same::
+
+        L_domain = sum_i CE(D(z_i + e_{y_i}), d_i) / (K n_{y_i})
+
+    with K classes and n_y images of class y in the batch (DomainBed's `CDANN`, which for Li et al.'s K discriminators
+    has one that is told the class). The embedding minimises L_domain with D; the backbone receives its gradient
+    reversed, as under `DANN`.
+    """
+
+    def __init__(self, model, **kwargs):
+        super().__init__(model, **kwargs)
+        self.class_embedding = torch.nn.Embedding(model.num_classes, model.num_features)
+
+    @property
+    def critic(self):
+        return [*super().critic, *self.class_embedding.parameters()]
+
+    def domain_loss(self, pooled, target, domain):
+        output = self.model.domain_head(pooled + self.class_embedding(target))
+        count = F.one_hot(target, self.class_embedding.num_embeddings).sum(0)
+        weight = 1 / (count[target] * len(count))
+        return (weight * F.cross_entropy(output, domain, reduction="none")).sum(), output
