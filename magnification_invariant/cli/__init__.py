@@ -4,9 +4,9 @@ import argparse
 import sys
 
 from magnification_invariant._version import __version__
-from magnification_invariant.cli import demo, lomo, prepare, split
+from magnification_invariant.cli import demo, doctor, lomo, prepare, pull, push, split
 
-COMMANDS = {"demo": demo, "prepare": prepare, "split": split, "lomo": lomo}
+COMMANDS = {"demo": demo, "prepare": prepare, "split": split, "lomo": lomo, "push": push, "pull": pull, "doctor": doctor}
 
 
 def main(argv: list[str] | None = None) -> int:
