@@ -41,6 +41,8 @@ MALIGNANT = {
 }
 YEAR = 31  # of the slide ids; BreaKHis itself has years 14 and 15
 SESSIONS = 12  # microscope sessions of a data set
+PALE = 0.55  # share of its haematoxylin that the middle of a wholly vesicular nucleus lacks
+PALE_SHARE = 0.62 * PALE  # the middle is 0.62 of the nucleus
 N_SITES = 400  # a slide is N_SITES x N_SITES sites, about 2 cm
 
 
@@ -76,8 +78,8 @@ class Patient:
         fibre_angle: Main direction of the stroma's fibres in radians.
         looseness: 0 dense collagen, 1 loose stroma with white gaps.
         stain: Optical densities of unit haematoxylin and unit eosin, 2 x (R, G, B).
-        chromatin: Mean haematoxylin of a nucleus.
-        vesicular: How much paler a nucleus is in the middle than at its rim.
+        chromatin: Haematoxylin at a nucleus' rim.
+        vesicular: How much paler a nucleus is in the middle than at its rim; grade raises both, and not their mean.
         grain: Contrast of the chromatin's grain.
         cytoplasm: Haematoxylin and eosin of epithelial cytoplasm.
         collagen: Haematoxylin and eosin of stroma.
@@ -116,6 +118,11 @@ class Patient:
     def id(self) -> str:
         """Patient id in BreaKHis' form, `31-00012`."""
         return f"{YEAR}-{self.number:05d}"
+
+    @property
+    def haematoxylin(self) -> float:
+        """Mean haematoxylin of a nucleus, rim and middle together."""
+        return self.chromatin * (1 - PALE_SHARE * self.vesicular)
 
 
 def _sigmoid(x: float) -> float:
@@ -477,12 +484,12 @@ def render_field(
         outer = _polygons(nuclei, scale, x0, y0, 24 if mpp < 0.12 else 12)
         for row, outline in zip(nuclei, outer, strict=True):
             ink, pale = row[7], row[8] if epithelial else 0.1
-            mean = ink * (1 - 0.62 * 0.55 * pale)  # what rim and centre come to, for fields too coarse to show both
+            mean = ink * (1 - PALE_SHARE * pale)  # what rim and centre come to, for fields too coarse to show both
             draw.polygon(outline.ravel().tolist(), _ink(ink if detail else mean, 0.25, 0, 0.6 + 0.4 * pale))
             if detail and pale > 0.05:
                 middle = row[:2] - (x0, y0)
                 inner = (outline - middle * scale) * 0.79 + middle * scale
-                draw.polygon(inner.ravel().tolist(), _ink(ink * (1 - 0.55 * pale), 0.25, 0, 0.6 + 0.4 * pale))
+                draw.polygon(inner.ravel().tolist(), _ink(ink * (1 - PALE * pale), 0.25, 0, 0.6 + 0.4 * pale))
             if detail and epithelial and pale > 0:
                 # One nucleolus or three chromocentres of the same area.
                 bodies = (0,) if row[9] else (0, 2.1, 4.2)
