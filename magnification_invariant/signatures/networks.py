@@ -132,7 +132,7 @@ def compare_networks(a: SignedNetwork, b: SignedNetwork, by: str) -> dict[str, A
         raise ValueError(f"networks are compared by 'index' or 'matching', not {by!r}")
     if by == "index" and a.initial_sha256 != b.initial_sha256:
         raise ValueError(
-            f"{a.name} and {b.name} started from different weights ({a.initial_sha256[:8]} and {b.initial_sha256[:8]}): "
+            f"{a.name} and {b.name} started from different weights ({a.initial_sha256[:8]}, {b.initial_sha256[:8]}): "
             "an index names another unit in each. Compare them by='matching', or refit on one backbone "
             "(refit_stability)"
         )
