@@ -48,7 +48,8 @@ from magnification_invariant.data.splits import (
     leave_one_domain_out,
 )
 from magnification_invariant.engine import MEAN, STD, Diverged, FitConfig, TrainRows, fit, predict
-from magnification_invariant.model_folder import load_backbone, read_model_config, source_name, write_model_folder
+from magnification_invariant.hub_files import resolve
+from magnification_invariant.model_folder import load_backbone, source_name, write_model_folder
 from magnification_invariant.records import evaluate, part_of, prediction_table, scores, write_json
 from magnification_invariant.signatures import (
     SignatureProjector,
@@ -497,8 +498,8 @@ def _create_task(cell: Cell, ds, num_domains: int, tested: set[str]) -> tuple[Ta
     if cell.pretrained_backbone:
         start = load_backbone(model, cell.pretrained_backbone)
     elif method.pretrained:
-        source = arch.partition(":")[2].partition("@")[0]  # of hf-hub:repository@revision and local-dir:folder
-        seen = read_model_config(source).get("seen", {}) if source else {}
+        config = resolve(arch.removeprefix("local-dir:"), "config.json").read_text() if ":" in arch else "{}"
+        seen = json.loads(config).get("seen", {})
         start = {"source": arch, "patients": seen.get("patients"), "magnifications": seen.get("magnifications")}
     if start["source"]:
         seen = sorted(tested & set(start["patients"] or []))

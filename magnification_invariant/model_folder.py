@@ -56,18 +56,20 @@ def write_model_folder(
     unfinished = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
+    arguments = {k: v for k, v in model._model_args.items() if k not in ("num_classes", "num_domains")}
     config = {
         "architecture": plain_architecture(model),
         "num_classes": len(label_names),
         "num_features": model.num_features,
-        "global_pool": model.global_pool.pool_type,
+        "global_pool": getattr(model.global_pool, "pool_type", model.global_pool),
         "label_names": label_names,
-        # No "model_args": transformers' timm wrapper would be handed num_classes twice.
+        # Of ours "model_args" stays away: transformers' timm wrapper would be handed num_classes twice.
+        **({"model_args": arguments} if arguments else {}),
         "pretrained_cfg": {
             "tag": name.partition(".")[2],
             "num_classes": len(label_names),
-            "first_conv": "conv1",
-            "classifier": "fc",
+            "first_conv": model.pretrained_cfg["first_conv"],
+            "classifier": model.pretrained_cfg["classifier"],
             "license": "apache-2.0",
             "label_names": label_names,
             **data_config,
