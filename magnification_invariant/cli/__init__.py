@@ -4,9 +4,19 @@ import argparse
 import sys
 
 from magnification_invariant._version import __version__
-from magnification_invariant.cli import demo, doctor, lomo, prepare, pull, push, split
+from magnification_invariant.cli import demo, doctor, lomo, predict, prepare, pull, push, search, split
 
-COMMANDS = {"demo": demo, "prepare": prepare, "split": split, "lomo": lomo, "push": push, "pull": pull, "doctor": doctor}
+COMMANDS = {
+    "demo": demo,
+    "prepare": prepare,
+    "split": split,
+    "lomo": lomo,
+    "predict": predict,
+    "search": search,
+    "push": push,
+    "pull": pull,
+    "doctor": doctor,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
