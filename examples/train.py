@@ -65,6 +65,7 @@ def main() -> None:
     cells = [Cell(method, held_out, args.fold, seed=0, **arguments) for method in FLOORS]
     cells += [Cell(args.method, held_out, args.fold, args.seed, **arguments)]
     finished = run_grid(cells, ds, args.output_dir, accelerator=accelerator, say=accelerator.print)
+    accelerator.end_training()  # trackers write what they still hold
 
     if accelerator.is_main_process:
         print(markdown(summarise(finished)))

@@ -229,6 +229,76 @@ def test_a_folder_of_other_arguments_is_refused(ds, finished):
         run_cell(CELL, ds.select(range(31)), finished)
 
 
+def test_a_model_that_predicts_no_numbers_ends_its_cell_and_not_the_grid(ds, tmp_path, monkeypatch):
+    """Its losses may have been numbers: BatchNorm in training hides what its running statistics have become."""
+    import magnification_invariant.lomo as lomo
+
+    real, said = lomo.predict, []
+
+    def predict(model, *args, **kwargs):
+        logits, embedding = real(model, *args, **kwargs)
+        return (logits * np.nan if hasattr(model, "num_domains") and model.num_domains else logits), embedding
+
+    monkeypatch.setattr(lomo, "predict", predict)
+    cells = [replace(CELL, epochs=1), replace(CELL, method="erm", epochs=1)]
+    folders = run_grid(cells, ds, tmp_path, say=said.append)
+    assert [folder.name for folder in folders] == [cells[1].name]
+    assert "FAILED" in said[0] and "not a finite number" in said[0] and "done" in said[1]
+
+
+def test_only_a_collapsed_embedding_has_no_signature(ds, monkeypatch):
+    import magnification_invariant.lomo as lomo
+
+    split = leave_one_magnification_out(ds, 200, n_folds=4)
+    columns = {name: np.asarray(ds[name]) for name in ("label", "patient")} | {
+        "domain": np.asarray(ds["magnification"])
+    }
+    flat = {part: np.ones((len(getattr(split, part)), 5)) for part in ("train", *PARTS)}
+    signature, results = lomo._signature(flat, split, columns)
+    assert signature is None and "constant" in results["why_none"]
+    with pytest.raises(ValueError, match="NaN"):
+        lomo._signature(flat | {"train": flat["train"] * np.nan}, split, columns)
+
+
+def test_class_and_domain_that_tell_each_other_are_warned_of():
+    import warnings
+
+    from magnification_invariant.lomo import _class_domain_information
+
+    label = np.array([0, 0, 1, 1] * 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _class_domain_information(label, np.array([0, 1] * 8)) == pytest.approx(0, abs=1e-12)
+    with pytest.warns(UserWarning, match=r"share 1\.00 bits"):
+        assert _class_domain_information(label, label) == pytest.approx(1)
+    # three of four agree: by the definition
+    domain = np.where(np.arange(16) % 4 == 0, 1, label)
+    joint = np.array([[4, 4], [0, 8]]) / 16
+    wanted = sum(p * np.log2(p / (joint[i].sum() * joint[:, j].sum())) for (i, j), p in np.ndenumerate(joint) if p)
+    with pytest.warns(UserWarning, match="bits in the training rows"):
+        assert _class_domain_information(label, domain) == pytest.approx(wanted)
+
+
+def test_tensorboard_gets_what_metrics_jsonl_has(ds, tmp_path):
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(log_with="tensorboard", project_dir=tmp_path)
+    accelerator.init_trackers("magdg")
+    (folder,) = run_grid([CELL], ds, tmp_path / "runs", accelerator=accelerator, say=lambda line: None)
+    accelerator.end_training()
+    events = EventAccumulator(str(tmp_path / "magdg")).Reload()
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    names = lines[0].keys() - {"epoch"}
+    assert {f"{CELL.name}/{name}" for name in {*names, "images_per_second"}} == set(events.Tags()["scalars"])
+    assert {"class_loss", "domain_loss", "coeff", "learning_rate"} <= names
+    for name in names:
+        scalars = events.Scalars(f"{CELL.name}/{name}")
+        assert [(s.step, s.value) for s in scalars] == [(i, pytest.approx(line[name])) for i, line in enumerate(lines)]
+
+
 def test_start_weights_are_part_of_the_split(ds, finished, tmp_path):
     """A start that saw the test's patients or magnification is refused, or marked."""
     start = str(finished / "model")
