@@ -1,85 +1,119 @@
-"""Pictures of finished cells, as PNG."""
+"""Pictures of finished cells, as PNG: the last argument of each is a path, or a file open for writing bytes."""
 
 import json
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-import pyarrow.compute as pc
 import safetensors.numpy
 
 from magnification_invariant import metrics
 from magnification_invariant.data.splits import domain_name
-from magnification_invariant.records import last_epoch, part_of
+from magnification_invariant.report.runs import Run, by_title, joined
 
 CLASS_COLOURS = ("#2c7fb8", "#d95f0e")  # benign, malignant
 
 
-def _figure(n: int):
+def _figure(n: int, width: float = 4.2, height: float = 4.0):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.2 * n, 4.0), layout="constrained")
+    figure = Figure(figsize=(width * n, height), layout="constrained")
     FigureCanvasAgg(figure)  # no window system and no global state
     return figure, np.atleast_1d(figure.subplots(1, n))
 
 
-def reliability(folders: Iterable[Path], path: Path, part: str = "test") -> None:
-    """Reliability before and after temperature scaling, a panel a cell; bins of equal mass, patient-balanced."""
-    folders = [Path(folder) for folder in folders]
-    figure, axes = _figure(len(folders))
-    for axis, folder in zip(axes, folders, strict=True):
-        results = json.loads((folder / "results.json").read_text())
-        records = last_epoch(folder)
+def reliability(folders: Iterable[Path], path, part: str = "test") -> None:
+    """Reliability as trained, at the fitted temperature and at the oracle's, a panel a row of the table.
+
+    Bins of equal mass, patient-balanced, all runs of a method together; T is the runs' geometric mean.
+    """
+    groups = by_title(map(Run, map(Path, folders)))
+    figure, axes = _figure(len(groups))
+    kinds = {"as trained": "0.5", "scaled on validation": "#31a354", "oracle: scaled on the test itself": "#756bb1"}
+    for axis, (title, runs) in zip(axes, groups.items(), strict=True):
         axis.plot([0, 1], [0, 1], color="0.7", lw=1)
-        for temperature, label, colour in ((1.0, "as trained", "0.5"), (results["temperature"], "scaled", "#31a354")):
-            p = part_of(records, part, temperature)
-            weight = metrics.patient_weights(p["patient"])
-            curve = metrics.reliability_curve(p["label"], p["probability"], sample_weight=weight, n_bins=8)
-            brier = metrics.brier(p["label"], p["probability"], sample_weight=weight)
-            axis.plot(
-                curve.predicted,
-                curve.observed,
-                "o-",
-                color=colour,
-                ms=4,
-                label=f"{label} (T={temperature:.2f}), Brier {brier:.3f}",
-            )
+        temperatures = zip(*((1.0, r.results["temperature"], r.oracle_temperature(part)) for r in runs), strict=True)
+        for (label, colour), used in zip(kinds.items(), temperatures, strict=True):
+            p = joined(runs, part, used)
+            weight = np.concatenate([metrics.patient_weights(p["groups"][p["runs"] == k]) for k in range(len(runs))])
+            curve = metrics.reliability_curve(p["y_true"], p["y_prob"], sample_weight=weight, n_bins=8)
+            brier = metrics.brier(p["y_true"], p["y_prob"], sample_weight=weight)
+            mean = np.exp(np.mean(np.log(used)))
+            style = {"color": colour, "marker": "o", "ms": 4, "ls": ":" if label.startswith("oracle") else "-"}
+            axis.plot(curve.predicted, curve.observed, **style, label=f"{label}, T={mean:.2f}, Brier {brier:.3f}")
+        axis.set(title=title, xlabel="predicted probability of malignant", ylabel="observed share", aspect="equal")
+        axis.legend(loc="upper left", fontsize=7)
+    figure.savefig(path, dpi=100)
+
+
+def roc(runs: Iterable[Run], path, part: str = "test") -> None:
+    """ROC curves, a panel a held-out magnification and a line a method: the mean of its runs' sensitivities.
+
+    Averaged at equal specificity, patient-balanced: scores of different models are on no common scale.
+    """
+    runs = list(runs)
+    held_outs = sorted({run.held_out for run in runs})
+    figure, axes = _figure(len(held_outs))
+    grid = np.linspace(0, 1, 201)
+    for axis, held_out in zip(axes, held_outs, strict=True):
+        axis.plot([0, 1], [0, 1], color="0.7", lw=1)
+        for title, group in by_title(run for run in runs if run.held_out == held_out).items():
+            if title != "constant":
+                axis.plot(grid, np.mean([_sensitivity(run.part(part), grid) for run in group], 0), label=title, lw=1.5)
         axis.set(
-            title=folder.name, xlabel="predicted probability of malignant", ylabel="observed share", aspect="equal"
+            title=f"{domain_name(held_out)} held out", xlabel="1 - specificity", ylabel="sensitivity", aspect="equal"
         )
-        axis.legend(loc="upper left", fontsize=8)
-    figure.savefig(path, dpi=110)
+        axis.legend(loc="lower right", fontsize=8)
+    figure.savefig(path, dpi=100)
 
 
-def embedding_map(folder: Path, path: Path) -> None:
+def _sensitivity(p: dict, grid: np.ndarray) -> np.ndarray:
+    from sklearn.metrics import roc_curve
+
+    weight = metrics.patient_weights(p["patient"])
+    return np.interp(grid, *roc_curve(p["label"], p["probability"], sample_weight=weight)[:2])
+
+
+def forest(lines: list[tuple[str, float, float, float]], path, xlabel: str) -> None:
+    """Differences with their intervals, one below the other: (text, difference, low, high)."""
+    figure, (axis,) = _figure(1, 8.4, 0.8 + 0.32 * len(lines))
+    y = np.arange(len(lines))[::-1]
+    value, low, high = np.array([line[1:] for line in lines], float).T
+    axis.axvline(0, color="0.7", lw=1)
+    known = np.isfinite(low)
+    axis.hlines(y[known], low[known], high[known], color="#2c7fb8")
+    axis.plot(value, y, "s", color="#2c7fb8", ms=5)
+    axis.set(xlabel=xlabel, ylim=(-0.7, len(lines) - 0.3))
+    axis.set_yticks(y, [line[0] for line in lines])
+    figure.savefig(path, dpi=100)
+
+
+def embedding_map(folder: Path, path) -> None:
     """First two principal components of the test patients' embeddings, by class and by magnification.
 
     The components are those of the training embeddings, so that the picture is not fitted to what it shows.
     """
-    tensors = safetensors.numpy.load_file(Path(folder) / "embeddings.safetensors")
+    run = Run(Path(folder))
+    tensors = safetensors.numpy.load_file(run.folder / "embeddings.safetensors")
     train = tensors["train.embedding"]
     _, _, axes_ = np.linalg.svd(train - train.mean(0), full_matrices=False)
     parts = ("test", "test_source")
     points = np.concatenate([tensors[f"{part}.embedding"] for part in parts])
     points = (points - train.mean(0)) @ axes_[:2].T
-    records = last_epoch(folder)
-    shown = {
-        name: np.concatenate([np.asarray(records.filter(pc.equal(records["part"], part))[name]) for part in parts])
-        for name in ("label", "domain", "held_out")
-    }
+    shown = {name: np.concatenate([run.part(part)[name] for part in parts]) for name in ("label", "domain")}
     figure, (left, right) = _figure(2)
     for value, name, colour in ((0, "benign", CLASS_COLOURS[0]), (1, "malignant", CLASS_COLOURS[1])):
         chosen = shown["label"] == value
         left.scatter(*points[chosen].T, s=10, color=colour, label=name, alpha=0.7, lw=0)
     for domain in np.unique(shown["domain"]):
         chosen = shown["domain"] == domain
-        unseen = " (unseen)" if domain == shown["held_out"][0] else ""
-        right.scatter(*points[chosen].T, s=10, label=f"{domain_name(domain)}{unseen}", alpha=0.7, lw=0)
+        unseen = " (unseen)" if domain == run.held_out else ""
+        right.scatter(*points[chosen].T, s=10, label=f"{domain_name(domain.item())}{unseen}", alpha=0.7, lw=0)
     for axis, title in ((left, "by class"), (right, "by magnification")):
-        axis.set(title=f"{Path(folder).name}\n{title}", xlabel="first component", ylabel="second component")
+        axis.set(title=f"{run.folder.name}\n{title}", xlabel="first component", ylabel="second component")
         axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
 
 
 def curves(folders: Iterable[Path], path: Path) -> None:

@@ -1,16 +1,15 @@
 """The paper's table, from the records of finished cells."""
 
-import json
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-import pyarrow.compute as pc
 
 from magnification_invariant.data.splits import domain_name
-from magnification_invariant.metrics.evaluate_modules import combined
-from magnification_invariant.records import last_epoch, part_of
+from magnification_invariant.report.page import markdown_table
+from magnification_invariant.report.runs import Run, estimate
 
 WEIGHTINGS = {"patient_balanced": "each image weighs 1/n of its patient", "image": "each image weighs the same"}
 
@@ -18,57 +17,42 @@ WEIGHTINGS = {"patient_balanced": "each image weighs 1/n of its patient", "image
 def summarise(folders: Iterable[Path], part: str = "test") -> list[dict]:
     """One row a (method, held-out magnification), averaged over its cells (folds and seeds).
 
-    Metrics are computed within a cell and then averaged: raw scores of different models are never pooled.
+    Metrics are computed within a cell and then averaged: raw scores of different models are never pooled. AUC and Brier
+    are `runs.estimate`'s, with its intervals.
 
     Args:
         folders: finished cells.
         part: "test" (the unseen magnification), "test_source" (the same patients at the seen ones) or "val".
     """
     groups = defaultdict(list)
-    for folder in map(Path, folders):
-        config = json.loads((folder / "config.json").read_text())
-        arguments = config["arguments"]
-        zoom = "" if not arguments["zoom"] or "start" not in config else " + zoom"
-        groups[arguments["method"] + zoom, arguments["held_out"]].append((folder, config))
-    return [_row(method, held_out, cells, part) for (method, held_out), cells in groups.items()]
+    for run in map(Run, map(Path, folders)):
+        groups[run.title, run.held_out].append(run)
+    return [_row(method, held_out, runs, part) for (method, held_out), runs in groups.items()]
 
 
-def _row(method: str, held_out: int | str, cells: list, part: str) -> dict:
+def _row(method: str, held_out: int | str, runs: list[Run], part: str) -> dict:
     measured = defaultdict(list)
-    intervals, marks = [], set()
-    for folder, config in cells:
-        results = json.loads((folder / "results.json").read_text())
-        records = last_epoch(folder)
-        tested = part_of(records, part, results["temperature"])
+    for run in runs:
+        results = run.results
         for weighting in WEIGHTINGS:
-            scores = combined(patient_balanced=weighting == "patient_balanced").compute(
-                predictions=tested["probability"], references=tested["label"], patients=tested["patient"]
-            )
-            for name, value in scores.items():
+            for name, value in results["parts"][part][weighting].items():
                 measured[weighting, name].append(value)
-        intervals.append(results["parts"][part]["interval"]["auc"])
         if signature := results.get("signature"):
             for name in ("size", "width", "live", "jaccard", "nogueira"):
                 measured["signature", name].append(signature.get(name))
             measured["uncalibrated", "brier"].append(results["uncalibrated"][part]["patient_balanced"]["brier"])
-        if config.get("start", {}).get("saw_test"):
-            marks.add("the start had seen the test")
-        if results.get("gan", {}).get("collapsed"):
-            marks.add("the generator failed its collapse check")
-        if any(results.get("rescaled", {}).values()):
-            marks.add("rescaled: some images are digital zoom, not photographed at their magnification")
-        model = folder / "model" / "config.json"
-        if config["arguments"]["zoom"] and model.exists():
-            low, high = json.loads(model.read_text())["mpp_range"]
-            mpp = np.asarray(records.filter(pc.equal(records["part"], part))["mpp"])
-            if np.all((mpp >= low) & (mpp <= high)):
-                marks.add("unseen optics, scale simulated")
-    row = {"method": method, "held_out": held_out, "cells": len(cells), "marks": sorted(marks)}
+    marks = sorted({mark for run in runs for mark in run.marks})
+    row = {"method": method, "held_out": held_out, "cells": len(runs), "marks": marks}
     for (group, name), values in measured.items():
         known = [value for value in values if value is not None and not np.isnan(value)]
         row.setdefault(group, {})[name] = float(np.mean(known)) if known else None
-    if len(cells) == 1 and intervals[0]:
-        row["auc_interval"] = intervals[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # too few patients for an interval: there is none in the row
+        for name in ("auc", "brier"):
+            value, *interval = estimate(runs, name, part)
+            row["patient_balanced"][name] = None if np.isnan(value) else value
+            if not np.isnan(interval).any():
+                row[f"{name}_interval"] = interval
     return row
 
 
@@ -94,17 +78,10 @@ def markdown(rows: list[dict], part: str = "test") -> str:
                 cells += [_number(signature.get(k), 2) for k in ("jaccard", "nogueira")]
             lines.append(cells)
         title = f"{weighting.replace('_', '-')} ({meaning}), part `{part}`"
-        blocks.append(f"{title}\n\n" + _markdown_table(head, lines))
+        blocks.append(f"{title}\n\n" + markdown_table(head, lines))
     notes = [f"[{i}] {mark}" for i, mark in enumerate(marks, 1)]
     return "\n\n".join([*blocks, *notes])
 
 
 def _number(value: float | None, digits: int = 3) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _markdown_table(head: list[str], lines: list[list[str]]) -> str:
-    widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
-    rows = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines]
-    top = "| " + " | ".join(cell.ljust(w) for cell, w in zip(head, widths, strict=True)) + " |"
-    return "\n".join([top, "|" + "|".join("-" * (w + 2) for w in widths) + "|", *rows])

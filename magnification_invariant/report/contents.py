@@ -1,0 +1,390 @@
+"""What a report says: sections of words, tables and pictures, read from the records of finished cells."""
+
+import json
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import safetensors.numpy
+
+from magnification_invariant import metrics
+from magnification_invariant.data.splits import domain_name
+from magnification_invariant.metrics.intervals import FEWEST_PATIENTS, Difference
+from magnification_invariant.report import pictures
+from magnification_invariant.report.page import Picture, Section, Table
+from magnification_invariant.report.runs import PRIMARY, Run, by_title, difference, estimate, joined, read_runs, spread
+
+# Ezuma and Medaiyese, arXiv 2604.25817: each model at the held-out magnification that was best for it.
+PAPER = {
+    "erm": ("Baseline", 200, 0.965, 0.931, 0.089, 1074, 0.00),
+    "gan": ("GAN-augmented", 100, 0.962, 0.928, 0.092, 1112, 0.02),
+    "dann": ("Domain-general", 200, 0.967, 0.930, 0.063, 306, 0.99),
+}
+NAMES = {"auc": "AUC", "f1": "F1", "brier": "Brier"}
+
+
+class Comparison(NamedTuple):
+    """One line of the forest: `metric` of row `a` minus that of row `b`."""
+
+    a: str
+    b: str
+    metric: str
+    where: str
+    found: Difference
+    adjusted: float
+
+    @property
+    def text(self) -> str:
+        return f"{NAMES[self.metric]}, {self.a} - {self.b}, {self.where}"
+
+
+def sections(folders: Iterable[Path], pairs: list[tuple[str, str]] | None = None) -> list[Section]:
+    """The report on finished cells; nothing is trained or predicted for it.
+
+    Args:
+        folders: cells, or folders of them.
+        pairs: rows to compare (a, b), the first pair being the primary one; by default every method with "erm" of the
+            same zoom, "dann" first.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # too few patients for an interval: the tables show none
+        runs = read_runs(folders)
+        groups = by_title(runs)
+        networks = {title: group for title, group in groups.items() if group[0].is_network}
+        compared = compare(networks, default_pairs(list(networks)) if pairs is None else pairs)
+        return [
+            ("What can and cannot be concluded", _conclusions(networks, compared)),
+            ("Beside the paper", _beside_the_paper(groups)),
+            ("Each held-out magnification", _by_held_out(groups)),
+            ("Paired differences", _differences(compared)),
+            ("ROC curves", [Picture.drawn("roc", "ROC curves by held-out magnification.", pictures.roc, runs)]),
+            ("Calibration", _calibration(networks)),
+            ("Other metrics", _other_metrics(groups)),
+            ("What embeddings tell of the acquisition", _invariance(networks)),
+            ("Signatures", _signatures(networks)),
+            ("Compute and provenance", _compute(groups)),
+        ]
+
+
+def default_pairs(titles: list[str]) -> list[tuple[str, str]]:
+    """Every method against "erm" of the same zoom, "dann" first."""
+    pairs = [(title, "erm + zoom" if title.endswith(" + zoom") else "erm") for title in titles]
+    pairs = [(a, b) for a, b in pairs if a != b and b in titles]
+    return sorted(pairs, key=lambda pair: (pair[0] != "dann", pair[0] != "dann + zoom"))
+
+
+def compare(groups: dict[str, list[Run]], pairs: list[tuple[str, str]]) -> list[Comparison]:
+    """The primary comparison and, after it, the secondary family with Holm-adjusted p-values.
+
+    Primary: Brier of the first pair over all held-outs. Secondary: its AUC and F1, its Brier at each held-out
+    magnification, and the Brier of each further pair.
+
+    Raises:
+        ValueError: a pair names a row that is not there.
+    """
+    unknown = {title for pair in pairs for title in pair} - groups.keys()
+    if unknown:
+        raise ValueError(f"no finished runs of {', '.join(sorted(unknown))}; there are {', '.join(groups)}")
+    if not pairs:
+        return []
+    a, b = pairs[0]
+    held_outs = sorted({run.held_out for run in groups[a]} & {run.held_out for run in groups[b]})
+    tests = [(a, b, PRIMARY, None), (a, b, "auc", None), (a, b, "f1", None)]
+    tests += [(a, b, PRIMARY, held_out) for held_out in held_outs if len(held_outs) > 1]
+    tests += [(*pair, PRIMARY, None) for pair in pairs[1:]]
+    found = []
+    for a, b, metric, held_out in tests:
+        chosen = [[run for run in groups[title] if held_out in (None, run.held_out)] for title in (a, b)]
+        found.append(difference(*chosen, metric))
+    adjusted = [found[0].p_value, *metrics.holm([each.p_value for each in found[1:]])]
+    return [
+        Comparison(a, b, metric, f"{domain_name(held_out)} held out" if held_out else "all held-outs", each, float(p))
+        for (a, b, metric, held_out), each, p in zip(tests, found, adjusted, strict=True)
+    ]
+
+
+def _conclusions(networks: dict[str, list[Run]], compared: list[Comparison]) -> list:
+    blocks = []
+    if compared:
+        a, b, _, _, found, _ = compared[0]
+        size = (
+            f"Brier {found.difference:+.4f} {_interval(found, '+.4f')}, p = {found.p_value:.4f} (lower is better; "
+            f"{_extent(networks[a])})."
+        )
+        if np.isnan(found.low):
+            headline = (
+                f"With fewer than {FEWEST_PATIENTS} patients of a class nothing can be concluded on {a} and {b}: "
+            )
+        elif found.low <= 0 <= found.high:
+            headline = f"These runs do not tell {a} and {b} apart, and are compatible with anything in the interval: "
+        else:
+            headline = f"On these patients {a} is {'better' if found.high < 0 else 'WORSE'} than {b}: "
+        blocks.append(headline + size)
+        scaled = {title: estimate(networks[title]).value for title in (a, b)}
+        raw = {title: estimate(networks[title], temperatures=[1.0] * len(networks[title])).value for title in (a, b)}
+        blocks.append(
+            "Calibration is not invariance: scaling by a temperature alone changes Brier by "
+            + " and ".join(f"{scaled[title] - raw[title]:+.4f} ({title})" for title in (a, b))
+            + f", while {a} and {b} differ by {raw[a] - raw[b]:+.4f} before it."
+        )
+    else:
+        blocks.append("No two methods have runs in common, so nothing is compared.")
+    blocks += [
+        "The estimand: patient-balanced Brier score of temperature-scaled probabilities on the unseen magnification, "
+        "one method minus the other, averaged over seeds and folds and then over the held-out magnifications; every "
+        "patient weighs the same. Temperatures are fitted on validation patients.",
+        "The interval is over patients and conditional on the trained models: it does not cover other training runs. "
+        "Their spread over seeds and folds stands beside it. Patients of one source do not speak for other "
+        "laboratories, and nothing here is evidence for diagnosis. On virtual slides, which are drawings, no result "
+        "says anything about breast cancer.",
+        "Holding out a magnification between others (100X, 200X) is interpolation; holding out 40X or 400X is "
+        "extrapolation. A co-trained adversary at chance is no evidence of invariance; a fresh probe is.",
+    ]
+    return blocks
+
+
+def _extent(runs: list[Run]) -> str:
+    patients = len(set().union(*(set(run.part("test")["patient"]) for run in runs)))
+    counts = [len({run.key[i] for run in runs}) for i in range(3)]
+    return "{} test patients, {} held-outs x {} folds x {} seeds = {} runs each".format(patients, *counts, len(runs))
+
+
+def _beside_the_paper(groups: dict[str, list[Run]]) -> list:
+    head = ["method", "held out", "", "AUC", "F1", "Brier", "signature", "Jaccard"]
+    rows = []
+    for method, (name, held_out, auc, f1, brier, size, jaccard) in PAPER.items():
+        figures = f"{auc:.3f}", f"{f1:.3f}", f"{brier:.3f}", f"{size:,}", f"{jaccard:.2f}"
+        rows.append([f"{name} (PAPER's)", f"{held_out}X", "paper", *figures])
+        runs = [run for run in groups.get(method, []) if run.held_out == held_out]
+        if not runs:
+            rows.append([method, f"{held_out}X", "ours", *["not run"] * 5])
+            continue
+        figures = {metric: estimate(runs, metric) for metric in ("auc", "f1", "brier")}
+        sizes = _mean(runs, "signature", "size"), _mean(runs, "signature", "width")
+        rows.append(
+            [method + _marks(runs), f"{held_out}X", "ours"]
+            + [f"{each.value:.3f} {_interval(each)}" for each in figures.values()]
+            + ["{:.0f} of {:.0f}".format(*sizes), f"{_mean(runs, 'signature', 'jaccard'):.2f}"]
+        )
+    return [
+        "The paper's numbers are the paper's (arXiv 2604.25817, BreaKHis, each model at its best held-out "
+        "magnification), without intervals. They are comparable only with runs on BreaKHis; the paper's split, recipe"
+        " and width of the embedding are not published, and its Jaccard compares folds, ours refits on one backbone.",
+        Table(head, rows),
+    ]
+
+
+def _by_held_out(groups: dict[str, list[Run]]) -> list:
+    head = ["method", "held out", "runs", "AUC", "Brier", "AUC: seen - unseen", "Brier: seen - unseen"]
+    head += ["Brier's SD, seeds", "SD, folds"]
+    rows, noted = [], set()
+    for held_out in sorted({run.held_out for runs in groups.values() for run in runs}):
+        for title, everything in groups.items():
+            runs = [run for run in everything if run.held_out == held_out]
+            if not runs:
+                continue
+            tested = {metric: estimate(runs, metric) for metric in ("auc", "brier")}
+            gaps = [estimate(runs, metric, "test_source").value - each.value for metric, each in tested.items()]
+            spreads = spread(runs)
+            noted |= {mark for run in runs for mark in run.marks}
+            rows.append(
+                [title + _marks(runs), domain_name(held_out), str(len(runs))]
+                + [f"{each.value:.3f} {_interval(each)}" for each in tested.values()]
+                + [f"{gap:+.3f}" for gap in gaps]
+                + [_number(spreads[name]) for name in ("seed", "fold")]
+            )
+    return [
+        "Patient-balanced, at the fitted temperature, with 95 % intervals over patients. Seen - unseen is the "
+        "magnification gap: the same test patients at the magnifications of training, minus them at the unseen one. "
+        "constant and colour are floors: a constant, and logistic regression on colour statistics.",
+        Table(head, rows),
+        *_legend(noted),
+    ]
+
+
+def _differences(compared: list[Comparison]) -> list:
+    if not compared:
+        return ["Nothing to compare."]
+    rows = [
+        [
+            "primary" if i == 0 else "secondary",
+            each.text,
+            f"{each.found.difference:+.4f}",
+            _interval(each.found, "+.4f"),
+            f"{each.found.p_value:.4f}",
+            f"{each.adjusted:.4f}",
+        ]
+        for i, each in enumerate(compared)
+    ]
+    lines = [(each.text, *each.found[:3]) for each in compared]
+    caption = "Differences with 95 % intervals over patients. Brier: below 0 favours the first; AUC, F1: above 0."
+    return [
+        "p-values come from swapping all of a patient's predictions, in all runs, between the methods (2,000 draws). "
+        f"The {len(compared) - 1} secondary tests are one family, adjusted by Holm's method.",
+        Table(["", "difference", "estimate", "95 % interval", "p", "p adjusted"], rows),
+        Picture.drawn("forest", caption, pictures.forest, lines, "difference"),
+    ]
+
+
+def _calibration(networks: dict[str, list[Run]]) -> list:
+    head = ["method", "T", "Brier before", "Brier after", "Brier at the oracle's T"]
+    head += ["miscalibration", "discrimination", "ECE before", "ECE after", "debiased", "smooth"]
+    rows = []
+    for title, runs in networks.items():
+        temperatures = [run.results["temperature"] for run in runs]
+        oracle = [run.oracle_temperature() for run in runs]
+        used = ([1.0] * len(runs), None, oracle)
+        p = joined(runs, "test")
+        parts = [
+            metrics.corp_decomposition(*(p[name][p["runs"] == k] for name in ("y_true", "y_prob")), _weight(p, k))
+            for k in range(len(runs))
+        ]
+        names = ("expected_calibration_error", "debiased_calibration_error", "smooth_calibration_error")
+        before = _mean(runs, "uncalibrated", "test", "patient_balanced", names[0])
+        rows.append(
+            [title + _marks(runs), f"{np.exp(np.mean(np.log(temperatures))):.2f}"]
+            + [f"{estimate(runs, temperatures=each).value:.4f}" for each in used]
+            + [
+                f"{np.mean([getattr(part, name) for part in parts]):.4f}"
+                for name in ("miscalibration", "discrimination")
+            ]
+            + [f"{before:.3f}", *(f"{_mean(runs, 'parts', 'test', 'patient_balanced', name):.3f}" for name in names)]
+        )
+    folders = [run.folder for runs in networks.values() for run in runs]
+    caption = "Reliability on the unseen magnification; the oracle's temperature was fitted on the test itself."
+    return [
+        "The oracle temperature is fitted on the test rows it is judged by: no method may use it; it shows how much "
+        "of a Brier difference a temperature could explain. Miscalibration and discrimination are CORP's terms after "
+        "scaling (Brier = miscalibration - discrimination + uncertainty). The calibration errors compare methods only"
+        " on the same rows: noise inflates them. Means over runs.",
+        Table(head, rows),
+        *([Picture.drawn("reliability", caption, pictures.reliability, folders)] if folders else []),
+    ]
+
+
+def _other_metrics(groups: dict[str, list[Run]]) -> list:
+    names = ("auc", "average_precision", "f1", "accuracy", "balanced_accuracy", "brier", "log_loss")
+    blocks = ["Means over runs and held-outs, unseen magnification; the worst held-out of AUC and Brier."]
+    for weighting, meaning in (("patient_balanced", "every patient weighs the same"), ("image", "every image does")):
+        rows = []
+        for title, runs in groups.items():
+            of = {h: [run for run in runs if run.held_out == h] for h in {run.held_out for run in runs}}
+            means = {h: [_mean(some, "parts", "test", weighting, name) for name in names] for h, some in of.items()}
+            table = np.array(list(means.values()))
+            worst = f"{table[:, 0].min():.3f}", f"{table[:, names.index('brier')].max():.3f}"
+            rows.append([title + _marks(runs), *(f"{value:.3f}" for value in table.mean(0)), *worst])
+        head = [*(name.replace("_", " ") for name in names), "worst AUC", "worst Brier"]
+        blocks += [f"{weighting.replace('_', '-').capitalize()}: {meaning}.", Table(["method", *head], rows)]
+    blocks.append("Patient-balanced accuracy is BreaKHis' patient recognition rate. F1 and accuracies are at 0.5.")
+    return blocks
+
+
+def _invariance(networks: dict[str, list[Run]]) -> list:
+    rows, maps = [], []
+    for title, runs in networks.items():
+        run = min(runs, key=lambda run: (run.held_out != 200, run.key[1:]))  # the paper's best, else the first
+        tensors = safetensors.numpy.load_file(run.folder / "embeddings.safetensors")
+        rows_of = {part: run.part(part) for part in ("test", "test_source")}
+        embedding = np.concatenate([tensors[f"{part}.embedding"] for part in rows_of])
+        label, domain, patient = (
+            np.concatenate([p[name] for p in rows_of.values()]) for name in ("label", "domain", "patient")
+        )
+        try:
+            probe = metrics.domain_probe(embedding, domain, patient)
+            read = f"{probe.balanced_accuracy:.3f} [{probe.low:.3f}, {probe.high:.3f}]"
+            chance = f"{probe.chance:.3f}"
+        except ValueError as error:
+            read, chance = f"none: {error}", "-"
+        adversary = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[-1]).get("domain_accuracy")
+        mmd = metrics.class_conditional_mmd(embedding, label, domain)
+        rows.append([title + _marks([run]), run.folder.name, read, chance, _number(mmd, 4), _number(adversary)])
+        caption = f"Embeddings of {title}'s test patients, by class and by magnification."
+        maps.append(Picture.drawn(f"embedding_{title}", caption, pictures.embedding_map, run.folder))
+    head = [
+        "method",
+        "run",
+        "fresh probe's balanced accuracy",
+        "chance",
+        "MMD within classes",
+        "adversary (no evidence)",
+    ]
+    return [
+        "A fresh linear probe reads the magnification from frozen embeddings of the test patients, at seen and unseen"
+        " magnifications, on patients it was not fitted on; compare it with chance and with erm's. MMD is squared, "
+        "unbiased, between magnifications within classes. The co-trained adversary's accuracy is shown and is no "
+        "evidence: it may just have been beaten. One run each.",
+        Table(head, rows),
+        *maps,
+    ]
+
+
+def _signatures(networks: dict[str, list[Run]]) -> list:
+    names = ("size", "width", "live", "jaccard", "nogueira")
+    rows = []
+    for title, runs in networks.items():
+        size, width, live, *stability = (_mean(runs, "signature", name) for name in names)
+        own = [_mean(runs, "signature", "test", "patient_balanced", name) for name in ("auc", "brier")]
+        cells = [_number(size, 0), _number(width, 0), _number(live, 0), _number(size / width, 2)]
+        cells += [*(_number(value, 2) for value in stability), *map(_number, own)]
+        rows.append([title + _marks(runs), *cells])
+    head = ["method", "dimensions", "of", "live", "share", "Jaccard", "Nogueira", "its own AUC", "its own Brier"]
+    return [
+        "Dimensions with a weight in an L1 logistic regression on the training embeddings. Stability compares refits "
+        "on one backbone that leave out a training magnification each; Jaccard depends on size and has no correction "
+        "for chance, Nogueira's index has (0 is chance, above 0.75 excellent). Means over runs.",
+        Table(head, rows),
+    ]
+
+
+def _compute(groups: dict[str, list[Run]]) -> list:
+    rows = []
+    for title, runs in groups.items():
+        files = [run.folder / "timing.json" for run in runs]
+        seconds = [json.loads(file.read_text())["seconds"] for file in files if file.exists()]
+        recipes = sorted({run.config["recipe_sha256"] for run in runs})
+        mean = f"{np.mean(seconds):.0f}" if seconds else "-"
+        model = str(runs[0].config["arguments"].get("model") or "its own")
+        rows.append([title, str(len(runs)), mean, f"{sum(seconds) / 3600:.2f}", model, ", ".join(recipes)])
+    configs = [run.config for runs in groups.values() for run in runs]
+    versions = {", ".join(f"{name} {v}" for name, v in config["versions"].items()) for config in configs}
+    data = {config["arguments"]["data"] for config in configs}
+    return [
+        Table(["method", "runs", "seconds a run", "hours together", "model", "recipe"], rows),
+        f"Data: {', '.join(sorted(data))}. Versions: {'; '.join(sorted(versions))}. Revisions: "
+        f"{', '.join(sorted({config['git'] or 'unknown' for config in configs}))}.",
+    ]
+
+
+def _weight(p: dict[str, np.ndarray], run: int) -> np.ndarray:
+    return metrics.patient_weights(p["groups"][p["runs"] == run])
+
+
+def _mean(runs: list[Run], *path: str) -> float:
+    """Mean over runs of an entry of results.json; NaN where no run has it."""
+    found = []
+    for run in runs:
+        value = run.results
+        for key in path:
+            value = (value or {}).get(key)
+        if value is not None:
+            found.append(value)
+    return float(np.mean(found)) if found else float("nan")
+
+
+def _marks(runs: list[Run]) -> str:
+    """A star for every number that needs a word beside it; `_legend` says which."""
+    return " *" if any(run.marks for run in runs) else ""
+
+
+def _legend(marks: set[str]) -> list[str]:
+    return [f"* {'; '.join(sorted(marks))}"] if marks else []
+
+
+def _interval(found, digits: str = ".3f") -> str:
+    return "" if np.isnan(found.low) else f"[{found.low:{digits}}, {found.high:{digits}}]"
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None or np.isnan(value) else f"{value:.{digits}f}"
