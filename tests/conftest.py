@@ -75,3 +75,47 @@ def breakhis_mini() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """A model folder with signature: an untrained tiny network of 64 pixels that knows 0.2 to 0.8 um/px."""
+    import timm
+    import torch
+
+    from magnification_invariant.model_folder import write_model_folder
+    from magnification_invariant.signatures import SignatureProjector
+
+    torch.manual_seed(0)
+    model = timm.create_model("test_magdg_resnet", num_classes=2, num_domains=0).eval()
+    with torch.no_grad():
+        model.fc.weight *= 30  # probabilities that differ
+    labels, low, high = ["benign", "malignant"], 0.2, 0.8
+    folder = write_model_folder(
+        tmp_path_factory.mktemp("model") / "tiny",
+        model,
+        name="test_magdg_resnet.tiny",
+        label_names=labels,
+        data_config={
+            "input_size": [3, 64, 64],
+            "mean": [0.485, 0.456, 0.406],
+            "std": [0.229, 0.224, 0.225],
+            "interpolation": "bilinear",
+            "crop_pct": 0.875,
+            "crop_mode": "center",
+        },
+        about={"temperature": 1.5, "mpp_source": [0.5], "mpp_range": [low, high]},
+    )
+    SignatureProjector(
+        indices=np.array([3, 10, 40]),
+        mean=np.zeros(3),
+        scale=np.ones(3),
+        weight=np.array([[1.0, -2.0, 0.5]]),
+        bias=np.array([0.1]),
+        width=model.num_features,
+        class_names=tuple(labels),
+        embedding="penultimate",
+        source="test_magdg_resnet.tiny",
+        mpp_range=(low, high),
+    ).save_pretrained(folder)
+    return folder

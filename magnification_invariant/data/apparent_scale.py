@@ -1,0 +1,54 @@
+"""How large the pixels of a picture look: micrometres per pixel guessed from the size of its nuclei.
+
+A guess to catch a wrong number by, not to replace one. The dark parts of the haematoxylin image (Otsu's threshold)
+are cut into horizontal and vertical chords; their length-weighted mean, in pixels, shrinks as the pixels grow. The law
+``mpp = 10 * chord ** -1.25`` (steeper than 1 / chord, since nuclei that are only a few pixels apart merge) lies between
+what virtual slides of 0.04 to 1.6 um/px give and what photographs of breast stroma (BreaKHis) do, whose slender nuclei
+make it guess too coarse a scale. On virtual slides the guess is within a factor of 3 for 19 of 20 images. So it tells
+40X from 400X, and not 20X from 40X.
+"""
+
+import numpy as np
+from PIL import Image
+
+FACTOR = 4.0
+"""Stated and apparent scales that differ by less than this factor do not contradict each other."""
+
+_SIDE = 512  # pixels of the middle that are looked at
+_LEAST_SIDE = 64
+_LEAST_CONTRAST = 0.2  # optical density between nuclei and the rest; less is a field without nuclei
+_LEAST_CHORDS = 50
+# Optical density of RGB to haematoxylin: first column of the inverse of Ruifrok & Johnston's (2001) stain matrix.
+_STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
+_HAEMATOXYLIN = np.linalg.inv(_STAINS / np.linalg.norm(_STAINS, axis=1, keepdims=True))[:, 0].astype(np.float32)
+
+
+def apparent_mpp(image: Image.Image) -> float | None:
+    """Micrometres per pixel that an RGB picture of H&E looks like, or None where it shows too little to tell."""
+    if min(image.size) < _LEAST_SIDE:
+        return None
+    left, top = max(0, (image.width - _SIDE) // 2), max(0, (image.height - _SIDE) // 2)
+    middle = image.crop((left, top, min(image.width, left + _SIDE), min(image.height, top + _SIDE)))
+    ink = -np.log((np.asarray(middle, np.float32) + 1) / 256) @ _HAEMATOXYLIN
+    dark = ink > _otsu(ink)
+    if dark.all() or not dark.any() or ink[dark].mean() - ink[~dark].mean() < _LEAST_CONTRAST:
+        return None
+    chords = np.concatenate([_runs(dark), _runs(dark.T)]).astype(float)
+    if len(chords) < _LEAST_CHORDS:
+        return None
+    return float(10 * ((chords**2).sum() / chords.sum()) ** -1.25)
+
+
+def _otsu(values: np.ndarray) -> float:
+    """The threshold that leaves the least variance within the two sides (Otsu 1979)."""
+    count, edges = np.histogram(values, 128)
+    middle = (edges[1:] + edges[:-1]) / 2
+    below, mass = np.cumsum(count), np.cumsum(count * middle)
+    between = (mass[-1] * below / below[-1] - mass) ** 2 / np.maximum(below * (below[-1] - below), 1)
+    return middle[between.argmax()]
+
+
+def _runs(mask: np.ndarray) -> np.ndarray:
+    """Lengths of the runs of true along the rows."""
+    change = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1).ravel()
+    return np.flatnonzero(change == -1) - np.flatnonzero(change == 1)
