@@ -23,8 +23,8 @@ from magnification_invariant.metrics import jaccard
 from magnification_invariant.signatures import l1_logistic_path
 
 
-def embeddings(n: int, p: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Standardised non-negative, heavy-tailed, correlated columns of 82 patients at four magnifications."""
+def embeddings(n: int, p: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Standardised non-negative, heavy-tailed, correlated columns of 82 patients, at four magnifications; y; patient."""
     rng = np.random.default_rng(seed)
     patient, magnification = rng.integers(82, size=n), rng.integers(4, size=n)
     y = (patient >= 24).astype(int)
@@ -37,7 +37,7 @@ def embeddings(n: int, p: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     loading = rng.standard_normal((factors, p)) / np.sqrt(1 + np.arange(factors))[:, None]
     x = z @ loading / 3 + 0.1 * rng.standard_normal((n, p))
     x = np.logaddexp(0, 3 * x) ** 1.6
-    return np.asfortranarray((x - x.mean(axis=0)) / x.std(axis=0)), y
+    return np.asfortranarray((x - x.mean(axis=0)) / x.std(axis=0)), y, patient
 
 
 def objective(X, y, penalty, coef, intercept) -> float:
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     warnings.simplefilter("ignore", ConvergenceWarning)
-    X, y = embeddings(args.n, args.p)
+    X, y, _ = embeddings(args.n, args.p)
     l1_logistic_path(X[:200, :20], y[:200], n_lambdas=3)  # imports
     reference = l1_logistic_path(X, y, tol=1e-8)
     lambdas, best, _ = reference

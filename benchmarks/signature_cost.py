@@ -1,0 +1,61 @@
+"""What signatures cost beyond the path: cross-validation with refit, refits on subsamples, exact search.
+
+Prints CPU seconds of one thread on synthetic embeddings (n = 6000, p = 512, 82 patients; see signature_path.py), and
+milliseconds a query of an exact search in 100,000 signatures of 304 dimensions.
+
+Run: OMP_NUM_THREADS=1 python benchmarks/signature_cost.py
+"""
+
+import argparse
+import time
+
+import numpy as np
+from signature_path import embeddings
+from threadpoolctl import threadpool_limits
+
+from magnification_invariant.search import nearest, unit
+from magnification_invariant.signatures import SparseSignature, refit_supports, stability_selection
+
+
+def timed(what: str, function, *arguments, **options):
+    """The function's result; prints what it took."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = function(*arguments, **options)
+    print(f"{what}: {time.process_time() - cpu:.2f} CPU-s ({time.perf_counter() - wall:.2f} s)", flush=True)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--n", type=int, default=6000)
+    parser.add_argument("--p", type=int, default=512)
+    parser.add_argument("--subsamples", type=int, default=100)
+    parser.add_argument("--rows", type=int, default=100_000)
+    args = parser.parse_args()
+    with threadpool_limits(1):
+        X, y, patient = embeddings(args.n, args.p)
+        SparseSignature(n_lambdas=3).fit(X[:300, :20], y[:300], patient[:300])  # imports
+        signature = timed("path, 5-fold cross-validation by patient", SparseSignature().fit, X, y, patient)
+        print(f"  {len(signature.signature_)} of {args.p} dimensions")
+        what = f"{args.subsamples} refits on halves of the patients"
+        supports = timed(what, refit_supports, signature, X, y, groups=patient, n_subsamples=args.subsamples)
+        print(f"  {supports.sum(axis=1).mean():.0f} dimensions on average")
+        for q in (30, 100):
+            what = f"stability selection, {args.subsamples} halves, q = {q}"
+            found = timed(what, stability_selection, X, y, patient, q=q, n_pairs=args.subsamples // 2)
+            print(f"  {len(found.selected)} selected, bound {found.bound:.1f}")
+
+        rng = np.random.default_rng(0)
+        gallery = unit(rng.standard_normal((args.rows, 304), np.float32))
+        for m in (1, 16, 64):
+            queries = unit(rng.standard_normal((m, 304), np.float32))
+            nearest(queries, gallery, 10)
+            start = time.perf_counter()
+            for _ in range(5):
+                nearest(queries, gallery, 10)
+            each = (time.perf_counter() - start) / 5 / m * 1e3
+            print(f"exact search of {args.rows:,} x 304, {m} queries at a time: {each:.2f} ms a query", flush=True)
+
+
+if __name__ == "__main__":
+    main()
