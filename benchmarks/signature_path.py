@@ -24,7 +24,7 @@ from magnification_invariant.signatures import l1_logistic_path
 
 
 def embeddings(n: int, p: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Standardised non-negative, heavy-tailed, correlated columns of 82 patients, at four magnifications; y; patient."""
+    """Standardised non-negative, heavy-tailed, correlated columns (n, p) of 82 patients; their labels and patients."""
     rng = np.random.default_rng(seed)
     patient, magnification = rng.integers(82, size=n), rng.integers(4, size=n)
     y = (patient >= 24).astype(int)
