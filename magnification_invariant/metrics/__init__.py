@@ -23,10 +23,12 @@ from magnification_invariant.metrics.classification import (
 )
 from magnification_invariant.metrics.intervals import METRICS, cluster_interval, holm, paired_difference
 from magnification_invariant.metrics.invariance import class_conditional_mmd, domain_probe, linear_cka
+from magnification_invariant.metrics.selection import SELECTION_RULES, select_epoch, selected_scores
 from magnification_invariant.metrics.stability import chance_jaccard, jaccard, mean_pairwise_jaccard, nogueira
 
 __all__ = [
     "METRICS",
+    "SELECTION_RULES",
     "accuracy",
     "apply_temperature",
     "auc",
@@ -53,5 +55,7 @@ __all__ = [
     "patient_recognition_rate",
     "patient_weights",
     "reliability_curve",
+    "select_epoch",
+    "selected_scores",
     "smooth_calibration_error",
 ]

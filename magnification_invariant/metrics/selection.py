@@ -1,0 +1,84 @@
+"""Which epoch of a run counts: rules over its recorded predictions, applied after training.
+
+The primary rule is "last": the same number of steps for every method. The rules by source validation are rows of
+sensitivity. The oracle looks at the test and is there to show how much any rule could gain; it is never a result.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from magnification_invariant.metrics.calibration import apply_temperature, fit_temperature
+from magnification_invariant.metrics.classification import auc, log_loss, patient_weights
+from magnification_invariant.metrics.intervals import METRICS
+
+# part that is looked at, and what is to be large there
+SELECTION_RULES = {
+    "last": None,
+    "val_log_loss": ("val", lambda *columns: -log_loss(*columns)),
+    "val_auc": ("val", auc),
+    "oracle": ("test", auc),
+}
+
+
+def select_epoch(rule: str, records: Mapping[str, ArrayLike]) -> int:
+    """The epoch that a rule chooses; of several equally good ones the first.
+
+    Scores are patient-balanced and of the probabilities as recorded, before any temperature.
+
+    Args:
+        rule: "last"; "val_log_loss" or "val_auc", the best on validation patients at the training magnifications; or
+            "oracle", the best AUC of the test itself.
+        records: columns epoch, part, label, probability and patient of one run, e.g. its ``predictions.parquet`` as
+            pyarrow or pandas reads it.
+
+    Raises:
+        ValueError: unknown rule, or the part that it looks at has no rows or one class.
+    """
+    if rule not in SELECTION_RULES:
+        raise ValueError(f"unknown selection rule {rule!r}: choose from {', '.join(SELECTION_RULES)}")
+    epoch, part = np.asarray(records["epoch"]), np.asarray(records["part"])
+    epochs = np.unique(epoch)
+    if rule == "last":
+        return int(epochs[-1])
+    where, score = SELECTION_RULES[rule]
+    label, probability, patient = (np.asarray(records[name]) for name in ("label", "probability", "patient"))
+    scores = []
+    for each in epochs:
+        rows = (epoch == each) & (part == where)
+        if len(np.unique(label[rows])) < 2:
+            raise ValueError(
+                f"the rule {rule} compares epochs on the part {where!r}, which has no images of two classes"
+            )
+        scores.append(score(label[rows], probability[rows], patient_weights(patient[rows])))
+    return int(epochs[np.argmax(scores)])
+
+
+def selected_scores(
+    records: Mapping[str, ArrayLike], *, calibrated: bool = True, part: str = "test"
+) -> dict[str, dict]:
+    """What the test says of a run under every rule.
+
+    Args:
+        records: as for `select_epoch`, and the column logits.
+        calibrated: with the temperature fitted on the validation patients of the chosen epoch; else 1.
+        part: that is scored.
+
+    Returns:
+        For each rule ``epoch``, ``temperature`` and the patient-balanced `METRICS`.
+    """
+    columns = {name: np.asarray(records[name]) for name in ("epoch", "part", "label", "patient")}
+    logits = np.stack([np.asarray(row, np.float64) for row in np.asarray(records["logits"])])
+    found = {}
+    for rule in SELECTION_RULES:
+        epoch = select_epoch(rule, records)
+        val, test = ((columns["epoch"] == epoch) & (columns["part"] == name) for name in ("val", part))
+        label, weight = columns["label"][test], patient_weights(columns["patient"][test])
+        temperature = 1.0
+        if calibrated:
+            temperature = fit_temperature(logits[val], columns["label"][val], patient_weights(columns["patient"][val]))
+        probability = apply_temperature(logits[test], temperature)[:, 1]
+        scores = {name: metric(label, probability, sample_weight=weight) for name, metric in METRICS.items()}
+        found[rule] = {"epoch": epoch, "temperature": temperature, **scores}
+    return found
