@@ -29,7 +29,7 @@ from PIL import Image, ImageDraw, ImageFilter
 __all__ = ["Optics", "Patient", "load_virtual_slides", "native_mpp", "render_field", "virtual_field", "virtual_patient"]
 
 # Raise it whenever a pixel changes: cached folders of another version are then left alone and drawn anew.
-GENERATOR_VERSION = 4
+GENERATOR_VERSION = 5
 SIDECAR = "virtual_slides.json"
 MAGNIFICATIONS = (40, 100, 200, 400)
 BENIGN = {"A": "adenosis", "F": "fibroadenoma", "PT": "phyllodes_tumor", "TA": "tubular_adenoma"}
@@ -156,10 +156,10 @@ def virtual_patient(number: int) -> Patient:
         subtype=subtypes[int(rng.integers(4))],
         solid=solid,
         atypia=atypia,
-        size_cv=0.05 + 0.33 * atypia,
-        irregularity=0.02 + 0.14 * atypia,
+        size_cv=0.05 + 0.40 * atypia,
+        irregularity=0.02 + 0.24 * atypia,
         polarity=1 - atypia,
-        nucleoli=0.05 + 0.65 * atypia,
+        nucleoli=0.05 + 0.9 * atypia,
         mitoses=atypia,
         diameter=diameter,
         spacing=diameter * 1.25 * math.exp(0.09 * rng.standard_normal()),
@@ -493,11 +493,11 @@ def render_field(
             if detail and epithelial and pale > 0:
                 # One nucleolus or three chromocentres of the same area.
                 bodies = (0,) if row[9] else (0, 2.1, 4.2)
-                r = (0.17 * row[3] + 0.35) / math.sqrt(len(bodies))
+                r = (0.22 * row[3] + 0.35) / math.sqrt(len(bodies))
                 for turn in bodies:
                     away = (0.25 if row[9] else 0.5) * row[3]
                     c = row[:2] + away * np.array([math.cos(row[6] + turn), math.sin(row[6] + turn)]) - (x0, y0)
-                    draw.ellipse([*((c - r) * scale), *((c + r) * scale)], _ink(ink * 1.35, 0.4, 0, 0))
+                    draw.ellipse([*((c - r) * scale), *((c + r) * scale)], _ink(ink * 1.7, 0.4, 0, 0))
 
     draw_nuclei(np.concatenate([s.stromal for s in sites]), epithelial=False)
     for site in sites:
