@@ -1,5 +1,8 @@
 """Search is exact, leaves the query's own patient out, and its precision is what counting by hand gives."""
 
+import shutil
+from dataclasses import replace
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -16,6 +19,7 @@ from magnification_invariant.search import (
     precision_at,
     unit,
 )
+from magnification_invariant.signatures import weights_digest
 
 
 @pytest.mark.parametrize("block", [7, 100, 8192])
@@ -48,19 +52,33 @@ def test_padding_changes_no_cosine():
 
 
 @pytest.fixture(scope="module")
-def index(tiny_model, breakhis_tree, tmp_path_factory):
+def signed(tiny_model, breakhis_tree, tmp_path_factory):
+    """The tiny model with a signature of ten dimensions, standardised on the images."""
+    folder = tmp_path_factory.mktemp("signed") / "model"
+    shutil.copytree(tiny_model, folder)
+    model = SignedModel(str(folder))
+    x = np.concatenate(list(model.embeddings(load_breakhis(breakhis_tree))))
+    chosen = np.flatnonzero(x.std(0) > 0.1 * x.std(0).max())[:10]
+    arrays = {"indices": chosen, "mean": x[:, chosen].mean(0), "scale": x[:, chosen].std(0)}
+    weights = {"weight": np.ones((1, 10)), "weights_sha256": weights_digest(model.model)}
+    replace(model.projector, **arrays, **weights).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def index(signed, breakhis_tree, tmp_path_factory):
     folder = tmp_path_factory.mktemp("index")
-    build_index(SignedModel(str(tiny_model)), load_breakhis(breakhis_tree), folder)
+    build_index(SignedModel(signed), load_breakhis(breakhis_tree), folder)
     return folder
 
 
-def test_the_index_holds_the_signatures_in_half_precision(index, tiny_model, breakhis_tree):
-    ds, model = load_breakhis(breakhis_tree), SignedModel(str(tiny_model))
+def test_the_index_holds_the_signatures_in_half_precision(index, signed, breakhis_tree):
+    ds, model = load_breakhis(breakhis_tree), SignedModel(signed)
     schema = pq.read_schema(index / FILE)
     assert str(schema.field("signature").type).startswith("fixed_size_list") and "halffloat" in str(schema)
     read = SignatureIndex.load(index)
     assert read.vectors == pytest.approx(unit(np.concatenate(list(model.signatures(ds, batch_size=5)))), abs=1e-3)
-    assert read.vectors.shape == (32, 8) and read.about["size"] == 3
+    assert read.vectors.shape == (32, 16) and read.about["size"] == 10
     assert read.cases["filename"].to_pylist() == ds["filename"][:]
     assert set(read.cases["label"].to_pylist()) == {"benign", "malignant"}
     assert [p.name for p in index.iterdir()] == [FILE]
@@ -79,9 +97,9 @@ def test_the_own_patient_is_left_out(index):
     assert set(cases["magnification"].to_pylist()) == {100}
 
 
-def test_the_command_builds_and_searches(index, tiny_model, breakhis_tree, tmp_path, capsys):
+def test_the_command_builds_and_searches(index, signed, breakhis_tree, tmp_path, capsys):
     image = SignatureIndex.load(index).cases["picture"][0].as_py()
-    build = ["--build", str(tiny_model), "--data", str(breakhis_tree)]
+    build = ["--build", signed, "--data", str(breakhis_tree)]
     assert main(["search", image, "--index", str(tmp_path / "new"), *build, "-k", "2"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith("wrote") and "left out" in out[1] and len(out) == 4
@@ -106,8 +124,15 @@ def test_faiss_finds_nearly_the_same():
     assert similarity[:, 0] == pytest.approx(best[:, 0], abs=2e-3)
 
 
+def test_another_model_is_refused(index, signed):
+    read = SignatureIndex.load(index)
+    changed = replace(read, about=read.about | {"weights_sha256": "0" * 64})
+    with pytest.raises(ValueError, match="no longer the model that made this index"):
+        find(changed, read.cases["picture"][0].as_py())
+
+
 def test_wrong_signatures_are_refused(index):
-    with pytest.raises(ValueError, match="signatures of 3 dimensions, not"):
+    with pytest.raises(ValueError, match="signatures of 10 dimensions, not"):
         SignatureIndex.load(index).search(np.zeros((1, 4)))
 
 

@@ -1,6 +1,4 @@
-"""Nuclei are measured in micrometres, maps are those the embedding pools, and a cell's page holds what it says."""
-
-import json
+"""Nuclei are measured in micrometres, and maps are those that the embedding pools."""
 
 import numpy as np
 import pytest
@@ -11,15 +9,11 @@ from PIL import Image, ImageDraw
 import magnification_invariant  # noqa: F401  (registers the models)
 from magnification_invariant.models import embed
 from magnification_invariant.report.dimensions import (
-    MORPHOLOGY,
     _within,
-    dimension_page,
-    dimension_sections,
     morphology,
     spearman,
     unit_of,
 )
-from magnification_invariant.report.page import Picture, Table
 
 
 def tissue(mpp: float, axes=(7.0, 7.0), pitch: float = 15.0, field=(300.0, 210.0)) -> Image.Image:
@@ -35,14 +29,16 @@ def tissue(mpp: float, axes=(7.0, 7.0), pitch: float = 15.0, field=(300.0, 210.0
 
 def test_nuclei_are_measured_in_micrometres():
     pytest.importorskip("skimage")
-    for mpp in (0.25, 0.5):
-        density, area, eccentricity, haematoxylin = morphology(tissue(mpp), mpp)
+    fine, coarse = (morphology(tissue(mpp), mpp) for mpp in (0.25, 0.5))
+    for density, area, eccentricity, _ in (fine, coarse):
         assert density == pytest.approx(1e6 / 15**2, rel=0.03)
-        assert area == pytest.approx(np.pi * 3.5**2, rel=0.12)
+        assert area == pytest.approx(np.pi * 3.5**2, rel=0.3)  # the threshold lies outside the outline
         assert eccentricity < 0.3
+    assert fine[1] == pytest.approx(coarse[1], rel=0.15)
+    large = morphology(tissue(0.25, axes=(10, 10)), 0.25)
+    assert large[1] / fine[1] == pytest.approx(100 / 49, rel=0.15) and large[3] > fine[3]
     long = morphology(tissue(0.25, axes=(10, 5)), 0.25)
     assert long[2] == pytest.approx(np.sqrt(1 - 0.25), abs=0.05)
-    assert morphology(tissue(0.25, axes=(10, 10)), 0.25)[3] > haematoxylin
     empty = morphology(Image.new("RGB", (50, 40), (235, 180, 205)), 0.25)
     assert empty[0] == 0 and np.isnan(empty[1])
 
@@ -76,28 +72,3 @@ def test_the_map_is_the_one_that_is_pooled(kind):
         assert (pooled - embedding[:, index]).abs().min(0).values.max() < 1e-5
     with pytest.raises(ValueError, match="no such dimension"):
         unit_of(10_000, "pyramid", channels)
-
-
-@pytest.mark.slow
-def test_the_page_of_a_cell(tmp_path):
-    pytest.importorskip("skimage")
-    from magnification_invariant.data import load_virtual_slides
-    from magnification_invariant.lomo import Cell, run_cell
-
-    ds = load_virtual_slides(24, images_per_magnification=1, size=(140, 92), write_to=tmp_path / "slides", workers=1)
-    cell = Cell("erm", 200, n_folds=4, model="test_magdg_resnet", epochs=1, image_size=32, batch_size=16)
-    folder = tmp_path / cell.name
-    run_cell(cell, ds, folder)
-    known = json.loads((folder / "model" / "signature.json").read_text())
-    if not known["size"]:
-        pytest.skip("this network has no signature")
-    sections = dict(dimension_sections(folder, ds, n_dimensions=3, n_images=2))
-    _, table = sections["Magnification and morphology"]
-    assert table.head == ["dimension", "towards", "magnification", *MORPHOLOGY]
-    assert len(table.rows) == min(3, known["size"]) and all(-1 <= float(cell) <= 1 for cell in table.rows[0][2:])
-    truth = [block for block in sections["The generator's own parameters"] if isinstance(block, Table)]
-    assert len(truth) == 2 and len(truth[1].rows) == 4
-    assert all(isinstance(block, Picture) for block in sections["Images"])
-    assert dimension_page(folder, ds).count("<img") == min(8, known["size"])
-    with pytest.raises(ValueError, match="another table"):
-        dimension_sections(folder, ds.select(range(50)))
