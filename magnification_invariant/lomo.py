@@ -69,6 +69,7 @@ RECIPES = {
 }
 ZOOM = 2.5  # the widest step between neighbouring magnifications of BreaKHis, 40X to 100X
 PARTS = ("val", "test", "test_source")
+_NAMED_AFTER = {"magerm_resnet18": "erm", "magdg_resnet18": "dann", "maggan_resnet18": "gan"}
 COLUMNS = ("filename", "patient", "slide", "label")
 
 
@@ -602,6 +603,9 @@ def _write_model(cell, ds, folder, model, columns, split, results, signature) ->
     zoom = cell.fit_config.zoom
     arch, source = cell.model or get_task(cell.method).arch, source_name(ds)
     name = f"{arch}.{source}_{cell.left_out}" if len(split.test) else f"{arch}.{source}"
+    if _NAMED_AFTER.get(arch) != cell.method:
+        name += "_" + cell.method.replace(":", ".")
+    name += "_zoom" * cell.zoom
     trained = np.concatenate([split.train, split.val])
     about = {
         "temperature": results["temperature"],
