@@ -99,7 +99,7 @@ def test_the_bare_command_trains_magdg_on_virtual_slides(tmp_path):
     assert "1 process(es) on cpu" in done.stdout
     assert "| dann " in done.stdout and "| constant " in done.stdout and "200X" in done.stdout
     folder = tmp_path / "runs" / "dann-lomo200-fold0-seed0"
-    assert json.loads((folder / "model" / "config.json").read_text())["name"] == "magdg_resnet18.lomo200"
+    assert json.loads((folder / "model" / "config.json").read_text())["name"] == "magdg_resnet18.virtual_lomo200"
 
 
 @pytest.mark.slow
