@@ -134,55 +134,6 @@ def test_same_arguments_same_records(ds, finished, tmp_path):
         assert (finished / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("method", ["erm", "dann"])
-def test_nothing_of_the_test_reaches_the_model(ds, breakhis_tree, tmp_path, method):
-    """Noise for pixels, and the other class, in all rows that training must not see: the model stays bit-equal."""
-    split = leave_one_magnification_out(ds, 200, n_folds=4)
-    used = {ds[int(i)]["filename"] for i in [*split.train, *split.val]}
-    poisoned = tmp_path / "poisoned"
-    shutil.copytree(breakhis_tree, poisoned)
-    rng, changed = np.random.default_rng(0), 0
-    for path in poisoned.rglob("*.png"):
-        if path.name not in used:
-            Image.fromarray(rng.integers(0, 256, (46, 70, 3), dtype=np.uint8)).save(path)
-            changed += 1
-    assert changed == 32 - 18
-    other = load_breakhis(poisoned)
-    label = np.asarray(other["label"]).copy()
-    untouched = np.isin(np.asarray(other["filename"]), sorted(used))
-
-    cell = replace(CELL, method=method)
-    run_cell(cell, ds, tmp_path / "clean")
-    run_cell(cell, other, tmp_path / "noise")
-    assert same_weights(tmp_path / "clean", tmp_path / "noise")
-    a, b = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("clean", "noise"))
-    assert a["temperature"] == b["temperature"] and a["parts"]["val"] == b["parts"]["val"]
-    signatures = [(tmp_path / n / "model" / "signature.safetensors").read_bytes() for n in ("clean", "noise")]
-    assert signatures[0] == signatures[1]
-    assert a["parts"]["test"] != b["parts"]["test"]  # the noise did reach the test
-    assert label.sum() and untouched.sum() == 18
-
-
-def test_labels_of_the_test_reach_nothing(ds, finished, tmp_path):
-    """The other class for every patient under test, on the split that the true labels give."""
-    import magnification_invariant.lomo as lomo
-
-    split = leave_one_magnification_out(ds, 200, n_folds=4)
-    label = np.asarray(ds["label"]).copy()
-    unseen = np.setdiff1d(np.arange(32), np.concatenate([split.train, split.val]))
-    label[unseen] = 1 - label[unseen]
-    flipped = ds.remove_columns("label").add_column("label", label.tolist()).cast_column("label", ds.features["label"])
-    original = lomo.leave_one_domain_out
-    lomo.leave_one_domain_out = lambda *args, **kwargs: split
-    try:
-        run_cell(CELL, flipped, tmp_path / "flipped")
-    finally:
-        lomo.leave_one_domain_out = original
-    assert same_weights(finished, tmp_path / "flipped")
-    name = "model/signature.safetensors"
-    assert (finished / name).read_bytes() == (tmp_path / "flipped" / name).read_bytes()
-
-
 def test_grid_skips_what_is_finished_and_goes_on_after_a_failure(ds, tmp_path, monkeypatch):
     cells = grid(
         ["erm", "dann"],
