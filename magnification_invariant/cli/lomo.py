@@ -18,7 +18,7 @@ def add_arguments(parser) -> None:
         nargs="+",
         default=["erm", "dann"],
         metavar="METHOD",
-        help="erm, dann, gan, degraded or module:Class; default: erm dann",
+        help="erm, dann, cdann, coral, mixstyle, multitask, gan, degraded, frozen or module:Class; default: erm dann",
     )
     parser.add_argument("--held-out", nargs="+", metavar="DOMAIN", help="default: every magnification in turn")
     parser.add_argument("--folds", nargs="+", type=int, help="which groups of patients to test; default: all")

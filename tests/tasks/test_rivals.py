@@ -142,7 +142,7 @@ def test_coral_is_sun_and_saenkos_distance():
     alone = np.linalg.norm(np.cov(z[few == 0].T) - np.cov(z[few == 1].T), "fro") ** 2 / 100 / 3
     assert coral(torch.tensor(z).float(), torch.tensor(few), 3).item() == pytest.approx(alone, rel=1e-5)
 
-    # Equation 2 of the paper: the gradient with respect to domain a, here of two domains.
+    # The gradient that the paper gives, with respect to domain a, here of two domains.
     two = torch.tensor(domain[:6] % 2)
     features = torch.tensor(z[:6]).float().requires_grad_()
     coral(features, two, 2).backward()
