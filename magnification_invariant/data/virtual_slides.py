@@ -29,7 +29,7 @@ from PIL import Image, ImageDraw, ImageFilter
 __all__ = ["Optics", "Patient", "load_virtual_slides", "native_mpp", "render_field", "virtual_field", "virtual_patient"]
 
 # Raise it whenever a pixel changes: cached folders of another version are then left alone and drawn anew.
-GENERATOR_VERSION = 5
+GENERATOR_VERSION = 6
 SIDECAR = "virtual_slides.json"
 MAGNIFICATIONS = (40, 100, 200, 400)
 BENIGN = {"A": "adenosis", "F": "fibroadenoma", "PT": "phyllodes_tumor", "TA": "tubular_adenoma"}
@@ -140,8 +140,8 @@ def virtual_patient(number: int) -> Patient:
     sign = 2 * label - 1
     # Grade and architecture go with the class, not in step and with overlap: some benign tissue is atypical or
     # solid, some carcinomas are bland or form glands.
-    atypia = _sigmoid(3.6 * sign + rng.standard_t(3))
-    solid = _sigmoid(1.2 * sign + 0.5 * rng.standard_t(3))
+    atypia = _sigmoid(2.8 * sign + rng.standard_t(3))
+    solid = _sigmoid(1.0 * sign + 0.5 * rng.standard_t(3))
     subtypes = list(MALIGNANT if label else BENIGN)
     jitter = rng.normal(0, 0.05, (2, 3))
     stain = np.array([[0.70, 0.68, 0.30], [0.10, 0.85, 0.32]]) * np.exp(jitter)
