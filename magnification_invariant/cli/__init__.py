@@ -4,13 +4,14 @@ import argparse
 import sys
 
 from magnification_invariant._version import __version__
-from magnification_invariant.cli import demo, doctor, lomo, predict, prepare, pull, push, search, split
+from magnification_invariant.cli import demo, doctor, lomo, predict, prepare, pull, push, report, search, split
 
 COMMANDS = {
     "demo": demo,
     "prepare": prepare,
     "split": split,
     "lomo": lomo,
+    "report": report,
     "predict": predict,
     "search": search,
     "push": push,

@@ -15,12 +15,18 @@ CLASS_COLOURS = ("#2c7fb8", "#d95f0e")  # benign, malignant
 
 
 def _figure(n: int, width: float = 4.2, height: float = 4.0):
+    """A figure of `n` panels, three in a row or, of four, two."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width * n, height), layout="constrained")
+    columns = 2 if n == 4 else min(n, 3)
+    rows = -(-n // columns)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     FigureCanvasAgg(figure)  # no window system and no global state
-    return figure, np.atleast_1d(figure.subplots(1, n))
+    axes = np.atleast_1d(figure.subplots(rows, columns)).ravel()
+    for axis in axes[n:]:
+        axis.set_axis_off()
+    return figure, axes[:n]
 
 
 def reliability(folders: Iterable[Path], path, part: str = "test") -> None:
@@ -75,7 +81,7 @@ def _sensitivity(p: dict, grid: np.ndarray) -> np.ndarray:
     return np.interp(grid, *roc_curve(p["label"], p["probability"], sample_weight=weight)[:2])
 
 
-def forest(lines: list[tuple[str, float, float, float]], path, xlabel: str) -> None:
+def forest(lines: list[tuple[str, float, float, float]], xlabel: str, path) -> None:
     """Differences with their intervals, one below the other: (text, difference, low, high)."""
     figure, (axis,) = _figure(1, 8.4, 0.8 + 0.32 * len(lines))
     y = np.arange(len(lines))[::-1]
