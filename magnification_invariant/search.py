@@ -221,12 +221,12 @@ class SignatureIndex:
             probes: Clusters searched; more find more of what `search` finds.
 
         Raises:
-            ModuleNotFoundError: faiss is not installed; says how to get it.
+            OSError: faiss is not installed; says how to get it.
         """
         try:
             import faiss
         except ModuleNotFoundError as error:
-            raise ModuleNotFoundError("this needs faiss: pip install 'magnification-invariant[faiss]'") from error
+            raise OSError("this needs faiss: pip install 'magnification-invariant[faiss]'") from error
         lists = lists or max(1, int(4 * len(self.vectors) ** 0.5))
         index = faiss.index_factory(self.vectors.shape[1], f"IVF{lists},SQfp16", faiss.METRIC_INNER_PRODUCT)
         index.train(self.vectors)

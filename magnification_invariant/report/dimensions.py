@@ -43,7 +43,7 @@ def dimension_sections(folder: str | Path, ds, *, n_dimensions: int = 8, n_image
     Raises:
         FileNotFoundError: The cell has no signature.
         ValueError: The table is another one.
-        ModuleNotFoundError: scikit-image is not installed.
+        OSError: scikit-image is not installed.
     """
     folder = Path(folder)
     projector = SignatureProjector.from_pretrained(folder / "model")
@@ -162,7 +162,7 @@ def morphology(image: Image.Image, mpp: float) -> tuple[float, float, float, flo
         (NaN without a nucleus), and the mean optical density of haematoxylin (Ruifrok and Johnston's, in scikit-image).
 
     Raises:
-        ModuleNotFoundError: scikit-image is not installed; says how to get it.
+        OSError: scikit-image is not installed; says how to get it.
     """
     try:
         from skimage.color import rgb2hed
@@ -171,7 +171,7 @@ def morphology(image: Image.Image, mpp: float) -> tuple[float, float, float, flo
         from skimage.measure import regionprops_table
         from skimage.segmentation import watershed
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
+        raise OSError(
             "measuring nuclei needs scikit-image: pip install 'magnification-invariant[morphology]'"
         ) from error
     from scipy.ndimage import distance_transform_edt

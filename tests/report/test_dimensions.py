@@ -1,5 +1,7 @@
 """Nuclei are measured in micrometres, and maps are those that the embedding pools."""
 
+import sys
+
 import numpy as np
 import pytest
 import timm
@@ -41,6 +43,12 @@ def test_nuclei_are_measured_in_micrometres():
     assert long[2] == pytest.approx(np.sqrt(1 - 0.25), abs=0.05)
     empty = morphology(Image.new("RGB", (50, 40), (235, 180, 205)), 0.25)
     assert empty[0] == 0 and np.isnan(empty[1])
+
+
+def test_a_missing_scikit_image_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "skimage.color", None)
+    with pytest.raises(OSError, match=r"pip install 'magnification-invariant\[morphology\]'"):
+        morphology(tissue(1.0), 1.0)
 
 
 def test_rank_correlation_is_scipys_and_within_domains():
