@@ -208,6 +208,7 @@ def fit(
         return wrapped(normalise(view), target, domain, progress, player=player)
 
     if config.compile:
+        torch.compiler.reset()  # it compiles a function eight times and then no more: fits of one process would add up
         forward = torch.compile(forward)
 
     first_epoch = 0

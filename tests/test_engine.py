@@ -1,4 +1,8 @@
+import itertools
 import math
+import subprocess
+import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,7 +10,7 @@ import torch
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
-from magnification_invariant import metrics
+from magnification_invariant import engine, metrics
 from magnification_invariant.data.pixels import PixelCache
 from magnification_invariant.engine import (
     Diverged,
@@ -69,7 +73,8 @@ def test_same_seed_same_weights_and_another_seed_others(data):
 
 
 @pytest.mark.parametrize("method", [ERM, DANN])
-def test_a_run_cut_off_and_resumed_ends_as_one_left_alone(data, tmp_path, method):
+def test_a_run_cut_off_and_resumed_ends_as_one_left_alone(data, tmp_path, method, monkeypatch):
+    monkeypatch.setattr(engine, "CHECKPOINT_SECONDS", 0)
     config = FitConfig(**{**vars(CONFIG), "epochs": 3})
     alone = fit(make(method), *data, config)
 
@@ -86,6 +91,103 @@ def test_a_run_cut_off_and_resumed_ends_as_one_left_alone(data, tmp_path, method
     assert seen == [1, 2]
     assert equal(alone.state_dict(), resumed.state_dict())
     assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("seconds, wanted", [(0, [1, 2, 3, 4, 5]), (35, [2, 4, 5]), (1000, [5])])
+def test_checkpoints_are_written_by_the_clock_and_at_the_end(data, tmp_path, monkeypatch, seconds, wanted):
+    class Clock:
+        now, perf_counter = 0.0, itertools.count(1.0).__next__
+        monotonic = staticmethod(lambda: Clock.now)
+
+    def on_epoch(epoch, model, log):
+        Clock.now += 20
+
+    monkeypatch.setattr(engine, "time", Clock)
+    monkeypatch.setattr(engine, "CHECKPOINT_SECONDS", seconds)
+    saved = []
+    monkeypatch.setattr(engine, "_save_checkpoint", lambda *args: saved.append(args[-1]))
+    fit(make(ERM), *data, replace(CONFIG, epochs=5), checkpoint=tmp_path / "c.pt", on_epoch=on_epoch)
+    assert saved == wanted
+
+
+def test_the_last_batch_is_as_large_as_the_others(data):
+    """17 rows in batches of 16: no batch of one, on which BatchNorm would fail."""
+    cache, rows = data
+    seen = []
+
+    class Counting(ERM):
+        def forward(self, input, *args, **kwargs):
+            seen.append(len(input))
+            return super().forward(input, *args, **kwargs)
+
+    rows = TrainRows(*(getattr(rows, name)[:17] for name in ("index", "target", "domain", "group")))
+    fit(make(Counting), cache, rows, CONFIG)
+    assert seen == [16] * 4
+    logits, _ = predict(make(ERM).model, cache, rows.index, 32, batch_size=16)
+    assert logits.shape == (17, 2)
+
+
+def test_bfloat16_is_close_to_single_precision(data, fresh_state):
+    from accelerate import Accelerator
+
+    cache, rows = data
+    logs, logits = {}, {}
+    for precision in ("no", "bf16"):
+        fresh_state()
+        losses = logs[precision] = []
+        model = fit(
+            make(DANN),
+            *data,
+            replace(CONFIG, epochs=4),
+            accelerator=Accelerator(cpu=True, mixed_precision=precision),
+            on_epoch=lambda e, m, log, losses=losses: losses.append(log["loss"]),
+        )
+        logits[precision], _ = predict(model, cache, rows.index, 32)
+        assert next(model.parameters()).dtype == torch.float32
+    assert logs["bf16"] != logs["no"]  # it was another precision
+    assert logs["bf16"] == pytest.approx(logs["no"], rel=0.02)
+    assert np.abs(logits["bf16"] - logits["no"]).max() < 0.1 * np.abs(logits["no"]).max()
+
+
+@pytest.fixture
+def fresh_state():
+    """Accelerate's state is the process's: an Accelerator takes the precision of the one before."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield lambda: AcceleratorState._reset_state(reset_partial_state=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.slow
+def test_trains_without_datasets_and_evaluate(tmp_path):
+    """Engine, tasks, models, metrics and pixel cache import and run where neither is installed."""
+    for i in range(8):
+        PILImage.fromarray(np.full((40, 60, 3), 20 * i, np.uint8)).save(tmp_path / f"{i}.png")
+    code = f"""
+import sys
+sys.modules["datasets"] = sys.modules["evaluate"] = None  # an import of them fails
+import numpy as np, torch
+import magnification_invariant.metrics
+from magnification_invariant.data.pixels import PixelCache
+from magnification_invariant.engine import FitConfig, TrainRows, fit, predict
+from magnification_invariant.tasks import TASKS, get_task
+files = [r"{tmp_path}/%d.png" % i for i in range(8)]
+table = {{"image": [*files[:4], *(open(f, "rb").read() for f in files[4:])], "mpp": [0.5] * 8}}
+cache = PixelCache(table, 37, folder=r"{tmp_path}/cache")
+assert cache.pixels[:, 0, 5, 5].tolist() == [20 * i for i in range(8)] and cache.mpp.tolist() == [0.5 * 40 / 37] * 8
+i = np.arange(8)
+rows = TrainRows(i, i % 2, i // 2 % 2, i // 4)
+method = get_task("dann")
+task = method(method.create_model("{ARCH}", num_classes=2, num_domains=2))
+before = [p.clone() for p in task.model.parameters()]
+model = fit(task, cache, rows, FitConfig(epochs=1, batch_size=4, image_size=32))
+assert not any(torch.equal(a, b) for a, b in zip(before, task.model.parameters()))
+assert np.isfinite(predict(model, cache, i, 32)[0]).all()
+print("trained")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "trained", done.stderr[-3000:]
 
 
 def test_learns_the_classes(data):
@@ -253,7 +355,6 @@ def test_dann_refuses_what_it_cannot_do():
 def test_compilation_makes_one_graph_for_every_coefficient(data, monkeypatch):
     from torch._dynamo.testing import CompileCounter
 
-    torch._dynamo.reset()
     counter, compile = CompileCounter(), torch.compile
     monkeypatch.setattr(torch, "compile", lambda function: compile(function, backend=counter, fullgraph=True))
     logs = []
@@ -262,3 +363,18 @@ def test_compilation_makes_one_graph_for_every_coefficient(data, monkeypatch):
     assert counter.frame_count == 1 and logs[0] < logs[1]
     eager = fit(make(DANN), *data, FitConfig(**{**vars(CONFIG), "zoom": 2.0}))
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(compiled.parameters(), eager.parameters(), strict=True))
+
+
+def test_every_fit_of_a_process_is_compiled(data, fresh_state, monkeypatch):
+    """torch compiles a function a few times and then runs it as it is; a grid has more cells than that."""
+    from accelerate import Accelerator
+    from torch._dynamo.testing import CompileCounter
+
+    counter, compile = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compile(function, backend=counter, fullgraph=True))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    config = replace(CONFIG, compile=True, epochs=1)
+    for size in (32, 24):
+        fit(make(ERM), *data, replace(config, image_size=size), accelerator=accelerator)
+    assert counter.frame_count == 2

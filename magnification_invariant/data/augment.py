@@ -15,6 +15,7 @@ CROP_PCT = 0.875
 # Optical density of haematoxylin, eosin and a residual in RGB (Ruifrok & Johnston 2001), rows of unit length.
 _STAINS = torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 _STAINS = _STAINS / _STAINS.norm(dim=1, keepdim=True)
+_UNMIX = torch.linalg.inv(_STAINS)  # here, on the CPU: on a GPU it makes the host wait, to look for singular matrices
 
 DRAWS = 10  # random numbers an image needs: quarter turn and flip, zoom, centre (2), stain (6)
 
@@ -76,8 +77,8 @@ def random_view(
 
     axis = torch.arange(size, device=x.device, dtype=x.dtype) - (size - 1) / 2
     quarter, flip = turn % 4, 1 - 2 * (turn // 4).to(x.dtype)
-    cos = torch.tensor([1.0, 0.0, -1.0, 0.0], device=x.device)[quarter]
-    sin = torch.tensor([0.0, 1.0, 0.0, -1.0], device=x.device)[quarter]
+    cos = (quarter == 0).to(x.dtype) - (quarter == 2).to(x.dtype)
+    sin = (quarter == 1).to(x.dtype) - (quarter == 3).to(x.dtype)
     u, v = axis[None, None, :] * flip[:, None, None], axis[None, :, None]
     turned = torch.stack(torch.broadcast_tensors(_col(cos) * u - _col(sin) * v, _col(sin) * u + _col(cos) * v), -1)
     where = turned * step[:, None, None, None] + centre[:, None, None, :]
@@ -100,7 +101,7 @@ def _sample(x: torch.Tensor, where: torch.Tensor, step: torch.Tensor, levels: in
     for k in range(levels + 1):
         if k:
             x = F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
-        last = torch.tensor([x.shape[3] - 1, x.shape[2] - 1], device=x.device, dtype=x.dtype)
+        last = torch.tensor([x.shape[3] - 1, x.shape[2] - 1], dtype=x.dtype).to(x.device, non_blocking=True)
         grid = ((where + 0.5) / 2**k - 0.5) * (2 / last) - 1
         picked = F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=True)
         out = out + picked * (1 - (level - k).abs()).clamp(min=0)[:, None, None, None] if levels else picked
@@ -108,11 +109,11 @@ def _sample(x: torch.Tensor, where: torch.Tensor, step: torch.Tensor, levels: in
 
 
 def _jitter_stain(x: torch.Tensor, draws: torch.Tensor, strength: float) -> torch.Tensor:
-    stains = _STAINS.to(x)
+    stains, unmix = _STAINS.to(x, non_blocking=True), _UNMIX.to(x, non_blocking=True)
     scale = 1 + strength * (2 * draws[:, :3] - 1)
     shift = strength / 4 * (2 * draws[:, 3:6] - 1)
     # density @ inv(stains), scaled and shifted a stain, back @ stains: one 3x3 matrix an image
-    mix = torch.linalg.inv(stains) @ (scale[:, :, None] * stains)
+    mix = unmix @ (scale[:, :, None] * stains)
     density = -torch.log(x.clamp(min=1 / 255)).flatten(2)
     density = mix.transpose(1, 2) @ density + (shift @ stains)[:, :, None]
     return torch.exp(-density).clamp(max=1).view_as(x)
