@@ -67,7 +67,7 @@ def load_table(
             f"{_shown(source)} has no column for {flags}; its columns are {', '.join(map(repr, ds.column_names))}. "
             "(Beside images, columns are read from metadata.csv; a table of another name: pass the file itself.)"
         )
-    images = _with_images(ds.select_columns([image_column]).rename_column(image_column, "image"), folder)
+    images = _with_images(ds.select_columns([image_column]).rename_columns({image_column: "image"}), folder)
     label, names = _classes(ds, label_column)
     domain = [_name(value) for value in column_values(ds, domain_column)]
     filename, stated = _files(images, read_scale="mpp" not in ds.column_names)

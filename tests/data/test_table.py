@@ -1,0 +1,297 @@
+"""Tables of one's own: the same rows from every kind of source, clear errors, a scanner left out by the command."""
+
+import csv
+import io
+import json
+import shutil
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from magnification_invariant.cli import main
+from magnification_invariant.data.breakhis import load_breakhis
+from magnification_invariant.data.parquet import to_parquet
+from magnification_invariant.data.scale import digital_zoom
+from magnification_invariant.data.table import describe, load_table
+from magnification_invariant.model_folder import read_model_config
+
+SCANNERS = ("scanner a", "scanner b", "scanner c")
+NAMES = {"image_column": "picture", "label_column": "diagnosis", "domain_column": "scanner", "group_column": "case"}
+FLAGS = ["--image-column", "picture", "--label-column", "diagnosis", "--domain-column", "scanner"]
+SMALL = ["--model", "test_magdg_resnet", "--image-size", "32", "--batch-size", "8", "--threads", "1", "--n-folds", "4"]
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory):
+    """8 cases x 3 scanners, of 40x48 pixels; `table.csv` names them."""
+    folder = tmp_path_factory.mktemp("slides")
+    rng, rows = np.random.default_rng(0), []
+    for case in range(8):
+        for s, scanner in enumerate(SCANNERS):
+            grain = 8 if case % 2 else 4
+            noise = np.kron(rng.random((40 // grain, 48 // grain, 1)), np.ones((grain, grain, 1)))
+            pixels = noise * (230 - 30 * s, 180, 220) + (1 - noise) * (110, 60, 140)
+            path = folder / f"case{case}" / f"{s}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(pixels.astype(np.uint8)).save(path)
+            name = str(path.relative_to(folder))
+            rows.append(
+                {"picture": name, "diagnosis": ("benign", "cancer")[case % 2], "scanner": scanner, "case": case}
+            )
+    write_csv(folder / "table.csv", rows)
+    return folder
+
+
+def write_csv(path, rows):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def table(slides):
+    with pytest.warns(UserWarning, match="not known of 24 of 24"):
+        return load_table(slides / "table.csv", **NAMES)
+
+
+def pixels(ds):
+    return [np.asarray(image).tobytes() for image in ds["image"]]
+
+
+def test_columns(table):
+    assert table.column_names == ["image", "label", "domain", "mpp", "patient", "slide", "filename"]
+    assert table.features["label"].names == ["benign", "cancer"]
+    assert table[4]["label"] == 1 and table[4]["domain"] == "scanner b" and table[4]["patient"] == "1"
+    assert table["filename"][4] == "case1/1.png" and np.isnan(table["mpp"]).all()
+    assert "24 images of 8 patients; label: benign 12, cancer 12" in describe(table)
+    assert "scanner a 8, scanner b 8, scanner c 8" in describe(table)
+
+
+def image_folder(slides, folder):
+    shutil.copytree(slides, folder)
+    rows = read_csv(folder / "table.csv")
+    (folder / "table.csv").unlink()
+    write_csv(folder / "metadata.csv", [{"file_name": row.pop("picture")} | row for row in rows])
+    return folder, NAMES | {"image_column": "image"}
+
+
+def parquet_file(slides, folder):
+    folder.mkdir()
+    ds = datasets.Dataset.from_csv(str(slides / "table.csv"))
+    encoded = [{"path": path, "bytes": (slides / path).read_bytes()} for path in ds["picture"]]
+    ds = ds.remove_columns("picture").add_column("picture", encoded)
+    ds.cast_column("picture", datasets.Image()).to_parquet(folder / "t.parquet")
+    return folder / "t.parquet", NAMES
+
+
+def stream(slides, folder):
+    path, names = parquet_file(slides, folder)
+    return datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True), names
+
+
+def stream_of_bytes(slides, folder):
+    def rows():
+        for row in read_csv(slides / "table.csv"):
+            yield row | {"picture": (slides / row["picture"]).read_bytes()}
+
+    return datasets.IterableDataset.from_generator(rows), NAMES
+
+
+def dataset_with_splits(slides, folder):
+    path, names = parquet_file(slides, folder)
+    ds = datasets.Dataset.from_parquet(str(path))
+    parts = datasets.DatasetDict(train=ds.select(range(10)), test=ds.select(range(10, 24)))
+    for name, part in parts.items():
+        part.to_parquet(folder / f"{name}-00000-of-00001.parquet")
+    path.unlink()
+    return folder, names
+
+
+@pytest.mark.parametrize("make", [image_folder, parquet_file, stream, stream_of_bytes, dataset_with_splits])
+@pytest.mark.filterwarnings("ignore:micrometres")
+def test_every_source_gives_equal_rows_and_pixels(slides, table, tmp_path, make):
+    source, names = make(slides, tmp_path / "source")
+    other = load_table(source, **names)
+    order = range(24)
+    if make is image_folder:  # imagefolder goes by the files' names
+        order = np.argsort(table["filename"][:])
+        assert other["filename"][:] == sorted(table["filename"][:])
+    for name in ("label", "domain", "patient"):
+        assert other[name][:] == [table[name][int(i)] for i in order], name
+    expected = pixels(table)
+    assert pixels(other) == [expected[i] for i in order]
+    assert other.features["label"] == table.features["label"]
+
+
+@pytest.mark.filterwarnings("ignore:micrometres")
+def test_a_changed_file_gives_no_stale_rows(slides, tmp_path):
+    folder, names = image_folder(slides, tmp_path / "copy")
+    before = pixels(load_table(folder, **names))
+    Image.new("RGB", (48, 40), "red").save(folder / "case0" / "0.png")
+    rows = read_csv(folder / "metadata.csv")
+    write_csv(folder / "metadata.csv", [row | {"diagnosis": row["diagnosis"].upper()} for row in rows])
+    after = load_table(folder, **names)
+    assert pixels(after)[0] != before[0] and pixels(after)[1:] == before[1:]
+    assert after.features["label"].names == ["BENIGN", "CANCER"]
+
+
+def test_scales_come_from_the_column_or_from_the_files(slides, tmp_path):
+    rows = read_csv(slides / "table.csv")
+    write_csv(slides / "scaled.csv", [row | {"mpp": 0.25 if i % 2 else ""} for i, row in enumerate(rows)])
+    with pytest.warns(UserWarning, match="not known of 12 of 24"):
+        ds = load_table(slides / "scaled.csv", **NAMES)
+    assert ds["mpp"][1] == 0.25 and np.isnan(ds["mpp"][0])
+    write_csv(slides / "scaled.csv", [row | {"mpp": 0.0} for row in rows])
+    with pytest.raises(ValueError, match=r"'mpp'.* is 0\.0 in row 0"):
+        load_table(slides / "scaled.csv", **NAMES)
+
+    tiffs = []
+    for row in rows:
+        buffer = io.BytesIO()  # 40,000 pixels a centimetre
+        Image.open(slides / row["picture"]).save(buffer, "TIFF", resolution=40_000, resolution_unit="cm")
+        tiffs.append(row | {"picture": buffer.getvalue()})
+    ds = load_table(datasets.Dataset.from_list(tiffs), **NAMES)
+    assert np.allclose(ds["mpp"], 0.25)
+
+
+def test_a_number_can_be_the_domain(slides, tmp_path):
+    rows = read_csv(slides / "table.csv")
+    write_csv(slides / "numbers.csv", [row | {"mpp": (0.25, 0.5, 1.0)[i % 3]} for i, row in enumerate(rows)])
+    ds = load_table(slides / "numbers.csv", **NAMES | {"domain_column": "mpp"})
+    assert ds["domain"][:3] == ["0.25", "0.5", "1"] and ds["mpp"][:3] == [0.25, 0.5, 1.0]
+
+
+def change(rows, **changed):
+    return [row | {name: value(i, row) for name, value in changed.items()} for i, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize(
+    "changed, names, message",
+    [
+        ({}, {"label_column": "tumour"}, r"--label-column 'tumour'; its columns are 'picture', 'diagnosis'"),
+        ({}, {"domain_column": "site", "group_column": "who"}, r"--domain-column 'site', --group-column 'who'"),
+        ({"diagnosis": lambda i, row: "" if i == 3 else row["diagnosis"]}, {}, r"'diagnosis' has no value in 1 rows"),
+        ({"case": lambda i, row: "" if i < 2 else row["case"]}, {}, r"'case' has no value in 2 rows \(0, 1\)"),
+        ({"diagnosis": lambda i, row: "ABC"[i % 3]}, {}, r"'diagnosis' has 3 classes \('A', 'B', 'C'\)"),
+        ({"picture": lambda i, row: row["picture"] + "x" * (i == 5)}, {}, r"1 images are not where.*case1/2\.pngx"),
+        ({"mpp": lambda i, row: "fine"}, {}, r"'mpp' holds no numbers"),
+    ],
+)
+def test_what_is_wrong_with_a_table_is_said(slides, tmp_path, changed, names, message):
+    rows = [row | {"picture": str(slides / row["picture"])} for row in read_csv(slides / "table.csv")]
+    write_csv(tmp_path / "table.csv", change(rows, **changed))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_table(tmp_path / "table.csv", **NAMES | names)
+
+
+def test_sources_that_are_none(tmp_path):
+    (tmp_path / "a.xlsx").touch()
+    with pytest.raises(ValueError, match=r"tables are \.csv"):
+        load_table(tmp_path / "a.xlsx", **NAMES)
+    with pytest.raises(FileNotFoundError, match="not a folder, nor a file"):
+        load_table(tmp_path / "absent.csv", **NAMES)
+    (tmp_path / "b.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(ValueError, match=r"b\.parquet cannot be read"):
+        load_table(tmp_path / "b.parquet", **NAMES)
+    unlabelled = datasets.Dataset.from_dict(
+        {"image": [b"", b""], "label": [0, -1], "d": [1, 2], "g": [1, 2]},
+        datasets.Features(
+            image=datasets.Value("binary"),
+            label=datasets.ClassLabel(names=["a", "b"]),
+            d=datasets.Value("int64"),
+            g=datasets.Value("int64"),
+        ),
+    )
+    with pytest.raises(ValueError, match=r"cannot read the image|no class \(-1\) in 1 rows"):
+        load_table(unlabelled, domain_column="d", group_column="g")
+
+
+@pytest.mark.filterwarnings("ignore:micrometres")
+def test_a_scanner_is_left_out_by_the_command(slides, tmp_path, capsys):
+    """End to end: split file, training without scanner b, the table, a model that does not state a scale."""
+    data, flags = str(slides / "table.csv"), [*FLAGS, "--group-column", "case"]
+    split = tmp_path / "split.json"
+    assert main(["split", data, *flags, "--out", str(split), "--n-folds", "4"]) == 0
+    assert "scanner b     0" in capsys.readouterr().out
+    command = ["lomo", "--data", data, *flags, "--held-out", "scanner b", "--folds", "0", "--epochs", "1", *SMALL]
+    command += ["--split", str(split), "--output-dir", str(tmp_path / "runs")]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "| dann     | scanner b |" in printed and "bX" not in printed
+    folder = tmp_path / "runs" / "dann-lodo-scanner_b-fold0-seed0"
+    records = pq.read_table(folder / "predictions.parquet").to_pandas()
+    assert set(records[records.part == "test"].domain) == {"scanner b"} == set(records.held_out)
+    assert set(records[records.part != "test"].domain) == {"scanner a", "scanner c"}
+    tested, validated = (set(records[records.part == part].patient) for part in ("test", "val"))
+    assert tested and not tested & validated
+    config = read_model_config(str(folder / "model"))
+    assert "mpp_range" not in config and config["mpp_source"] == []
+    assert config["name"].endswith("lodo-scanner_b")
+    assert config["seen"]["magnifications"] == ["scanner a", "scanner c"]
+    assert json.loads((folder / "model" / "signature.json").read_text())["mpp_range"] is None
+    assert main(command) == 0 and capsys.readouterr().out.count("skipped") == 4
+
+    assert main([*command[:-1], str(tmp_path / "zoomed"), "--zoom"]) == 2
+    assert "24 images have none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--domain-column", "scanner"], "--group-column is missing"),
+        (["--group-column", "case"], "--domain-column is missing"),
+        (
+            [*FLAGS, "--group-column", "case", "--held-out", "scanner d"],
+            "the table has scanner a, scanner b, scanner c",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:micrometres")
+def test_commands_want_a_domain_and_a_group(slides, capsys, flags, message):
+    assert main(["split", str(slides / "table.csv"), *flags, "--n-folds", "4", "--out", "never.json"]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:micrometres")
+def test_without_groups_the_risk_is_said(slides, tmp_path):
+    out, dealt = str(tmp_path / "split.json"), ["--n-folds", "3", "--split-seed", "8"]
+    with pytest.warns(UserWarning, match="images of one patient will be in training and in test"):
+        assert main(["split", str(slides / "table.csv"), *FLAGS, "--no-groups", *dealt, "--out", out]) == 0
+    folds = json.loads((tmp_path / "split.json").read_text())["folds"]
+    assert sorted(image for part in folds[0].values() for image in part)[:2] == ["case0/0.png", "case0/1.png"]
+
+
+def test_two_scanners_are_enough(slides, tmp_path):
+    """One domain to train on: the signature's refits then leave out patients."""
+    from magnification_invariant.lomo import Cell, run_cell
+
+    with pytest.warns(UserWarning, match="micrometres"):
+        ds = load_table(slides / "table.csv", **NAMES)
+    ds = ds.filter(lambda domain: domain != "scanner c", input_columns="domain")
+    cell = Cell("erm", "scanner b", n_folds=4, model="test_magdg_resnet", epochs=1, image_size=32, batch_size=8)
+    run_cell(cell, ds, tmp_path / "run")
+    signature = json.loads((tmp_path / "run" / "results.json").read_text())["signature"]
+    assert signature.get("refits", "10 halves").startswith("10 halves")
+
+
+def test_what_was_rescaled_is_marked_in_records_and_table(breakhis_tree, tmp_path, capsys):
+    ds = load_breakhis(breakhis_tree)
+    chosen = [i for i, magnification in enumerate(ds["magnification"]) if magnification == 100]
+    to_parquet(digital_zoom(ds.select(chosen), (50, 100, 200)), tmp_path / "zoomed")
+    command = ["lomo", "--data", str(tmp_path / "zoomed"), "--held-out", "50", "--folds", "0", "--methods", "erm"]
+    assert main([*command, "--epochs", "1", *SMALL, "--image-size", "16", "--output-dir", str(tmp_path / "runs")]) == 0
+    assert "] rescaled: some images are digital zoom" in capsys.readouterr().out
+    folder = tmp_path / "runs" / "erm-lomo50-fold0-seed0"
+    records = pq.read_table(folder / "predictions.parquet").to_pandas()
+    assert (records.rescaled == (records.domain != 100)).all()
+    counted = json.loads((folder / "results.json").read_text())["rescaled"]
+    assert counted["test"] == 2 and counted["train"] == 4 and counted["test_source"] == 2
