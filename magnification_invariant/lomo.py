@@ -363,6 +363,7 @@ def _run_network(cell: Cell, ds, folder: Path, split: Split, cache: PixelCache, 
     rows = TrainRows(split.train, columns["label"][split.train], domain, columns["patient"][split.train])
     prepared = _prepare(cell, ds, folder, task, rows, cache, domains, accelerator)
     prepared_after = time.perf_counter() - started
+    parts = [part for part in PARTS if len(getattr(split, part))]  # where nothing is held out, there is no "test"
 
     def predicted(part: str, embedding: str | None = None) -> tuple[np.ndarray, np.ndarray | None]:
         rows = getattr(split, part)
@@ -371,7 +372,7 @@ def _run_network(cell: Cell, ds, folder: Path, split: Split, cache: PixelCache, 
     def on_epoch(epoch: int, current: torch.nn.Module, log: dict) -> None:
         nonlocal model
         model = current
-        logits = {part: predicted(part)[0] for part in PARTS}
+        logits = {part: predicted(part)[0] for part in parts}
         if not all(np.isfinite(values).all() for values in logits.values()):
             raise Diverged(f"the model of epoch {epoch} predicts what is not a finite number")
         if main:
@@ -390,7 +391,7 @@ def _run_network(cell: Cell, ds, folder: Path, split: Split, cache: PixelCache, 
         on_epoch=on_epoch,
         description=cell.name,
     )
-    embeddings = {part: predicted(part, cell.embedding)[1] for part in ("train", *PARTS)}
+    embeddings = {part: predicted(part, cell.embedding)[1] for part in ("train", *parts)}
     if not main:
         return
 
