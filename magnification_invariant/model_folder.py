@@ -38,7 +38,6 @@ def write_model_folder(
     label_names: list[str],
     data_config: dict,
     about: dict,
-    half: bool = False,
 ) -> Path:
     """Write `folder`: config, weights, and a fixture to prove a copy by. Bare timm loads it by ``local-dir:``.
 
@@ -49,7 +48,6 @@ def write_model_folder(
         name: architecture and tag, ``magdg_resnet18.breakhis_lomo200``.
         data_config: timm's input_size, mean, std, interpolation, crop_pct.
         about: further keys of ``config.json``: temperature, mpp_range, mpp_source, seen, trained_on, ...
-        half: store matrices as float16; vectors (biases, batch statistics) stay as they are.
 
     An older folder of that name is replaced when the new one is complete.
     """
@@ -78,10 +76,7 @@ def write_model_folder(
         **about,
     }
     (unfinished / "config.json").write_text(json.dumps(config, indent=2))
-    weights = plain_state_dict(model)
-    if half:
-        weights = {name: value.half() if value.dim() > 1 else value for name, value in weights.items()}
-    safetensors.torch.save_file(weights, unfinished / "model.safetensors", {"format": "pt"})
+    safetensors.torch.save_file(plain_state_dict(model), unfinished / "model.safetensors", {"format": "pt"})
     size = int(data_config["input_size"][-1] / data_config["crop_pct"])
     low, high = about.get("mpp_range", (1.0, 1.0))  # where the scale is not known, any will do for the fixture
     _write_fixture(unfinished, size, (low * high) ** 0.5)

@@ -4,6 +4,7 @@
         subprocess.run([...], env={**os.environ, **hub.env(tmp_path)})
         hub.files("me/model")                       # what was committed
         hub.commits("me/data", repo_type="dataset") # and how
+        hub.fail("GET /store", "drop", times=2)     # what goes wrong, and how often
 
 The libraries read their endpoint when they are imported, so a client is a process that was started with `env`. Files
 go by LFS (git's large file storage), as without Xet. The server is strict: it refuses what the real one refuses
@@ -15,6 +16,7 @@ import hashlib
 import http.server
 import json
 import re
+import socket
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,6 +58,8 @@ class HubServer:
         self.repos: dict[tuple[str, str], Repo] = {}
         self.storage: dict[str, bytes] = {}  # sha256 -> content
         self.requests: list[str] = []
+        self.faults: list[list] = []  # [pattern, what, times left]
+        self.stalled, self.go_on = threading.Event(), threading.Event()
         hub = self
 
         class Handler(_Handler):
@@ -87,6 +91,25 @@ class HubServer:
             "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0",
         }
         return env | ({"HF_TOKEN": token} if token else {})
+
+    def fail(self, pattern: str, what: str | int, times: int = 1) -> None:
+        """Lets requests go wrong whose "METHOD path" the pattern is found in.
+
+        Args:
+            pattern: regular expression.
+            what: a status, 500 say; "drop" to close the connection in the midst of the answer; "damage" to answer with
+                other bytes of the same length; "stall" to stop in its midst, set `stalled` and wait for `go_on`;
+                "meanwhile" to let somebody else commit first and then to answer as usual.
+            times: so often.
+        """
+        self.faults.append([pattern, what, times])
+
+    def _fault(self, request: str) -> str | int | None:
+        for fault in self.faults:
+            if fault[2] > 0 and re.search(fault[0], request):
+                fault[2] -= 1
+                return fault[1]
+        return None
 
     def create(self, repo: str, files: dict[str, bytes] | None = None, *, repo_type="model", private=False) -> Repo:
         """A repository as if somebody had made it."""
@@ -129,7 +152,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.content = self.rfile.read(length)
         url = urlsplit(self.path)
         self.query = {name: values[-1] for name, values in parse_qs(url.query).items()}
+        self.fault = self.hub._fault(self.hub.requests[-1])
         try:
+            if isinstance(self.fault, int):
+                raise _Answer(self.fault, {"error": "the server is not well"})
+            if self.fault == "meanwhile":
+                repo = next(repo for (_, id), repo in self.hub.repos.items() if f"/{id}/" in self.path)
+                repo.commit("somebody else's", "main", repo.at("main")["files"] | {"other.txt": b"theirs"})
             for method, pattern, route in _ROUTES:
                 match = re.fullmatch(pattern, unquote(url.path))
                 if match and self.command in method.split():
@@ -151,8 +180,21 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         for name, value in answer.headers.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        if self.command == "HEAD":
+            return
+        if self.fault == "damage":
+            body = bytes(255 - byte for byte in body)
+        if self.fault in ("drop", "stall"):
+            self.wfile.write(body[: len(body) // 2])
+            self.wfile.flush()
+            if self.fault == "drop":
+                self.connection.shutdown(socket.SHUT_RDWR)
+                self.close_connection = True
+                return
+            self.hub.stalled.set()
+            self.hub.go_on.wait(60)
+            body = body[len(body) // 2 :]
+        self.wfile.write(body)
 
     # Who asks, and for what.
 
@@ -176,6 +218,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return json.loads(self.content or b"{}")
 
     # Routes.
+
+    def add_fault(self):  # not of the real Hub: a client asks for its next misfortune
+        asked = self.json()
+        self.hub.fail(**asked) if asked else self.hub.faults.clear()
+        raise _Answer(200, {})
 
     def whoami(self):
         name = self.user()
@@ -386,6 +433,7 @@ _ID, _REVISION = r"(?P<id>[^/]+/[^/]+)", r"(?P<revision>refs/[^/]+/[^/]+|[^/]+)"
 _API = rf"/api/(?P<kind>models|datasets)/{_ID}"
 _WEB = rf"/(?:(?P<kind>datasets)/)?{_ID}"
 _ROUTES = [
+    ("POST", "/faults", _Handler.add_fault),
     ("GET", "/api/whoami-v2", _Handler.whoami),
     ("POST", "/api/repos/create", _Handler.create),
     ("DELETE", "/api/repos/delete", _Handler.delete),

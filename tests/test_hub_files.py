@@ -1,11 +1,12 @@
-"""Files to and from a Hub, here one on loopback. The client is a process of its own, see hub_server."""
+"""Files to and from a Hub, here one on loopback. The client is a process of its own, see hub_client."""
 
+import json
 import os
-import subprocess
-import sys
-from pathlib import Path
+import pickle
+import signal
 
 import pytest
+from hub_client import run_client, start_client
 from hub_server import HubServer
 
 pytestmark = pytest.mark.slow
@@ -15,15 +16,6 @@ pytestmark = pytest.mark.slow
 def hub():
     with HubServer() as server:
         yield server
-
-
-def run_client(hub: HubServer, folder: Path, code: str) -> str:
-    """Runs Python text as a client of the Hub, in `folder`; gives back what it prints."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    env |= hub.env(folder / "home")
-    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def test_models(hub, tmp_path):
@@ -37,8 +29,6 @@ def test_models(hub, tmp_path):
     hub.create("other/model", private=True)
     hub.create("me/data", {"data/old.parquet": b"1", "data/notes.txt": b"2"}, repo_type="dataset")
     code = """
-import os
-from pathlib import Path
 from magnification_invariant.hub_files import resolve, upload
 
 # What is uploaded comes back, from branches too.
@@ -46,6 +36,7 @@ print("URL", upload("model", "me/made", private=True, message="first"))
 upload("model", "me/made", revision="try", message="on a branch")
 Path("model/config.json").write_text('{"changed": true}')
 print("PR", upload("model", "me/made", create_pr=True))
+assert upload("model", "me/made", revision="try") and not upload("model", "me/made", revision="try")  # nothing new
 Path("model/config.json").write_text("{}")
 for at in ("me/made", "hf-hub:me/made", "me/made@try"):
     for path in Path("model").rglob("[!.]*"):
@@ -62,12 +53,6 @@ again = timm.create_model("hf-hub:me/timm-model", pretrained=True)
 assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
 
 # Refusals say what and where.
-def refused(what, *arguments):
-    try:
-        what(*arguments)
-    except (OSError, ValueError) as error:
-        print("REFUSED", str(error).splitlines()[0])
-
 refused(resolve, "me/made", "absent.json")
 Path("model/README.md").write_text("no YAML")
 refused(upload, "model", "me/no-card")
@@ -131,3 +116,140 @@ except FileNotFoundError as error:
     assert "me/absent is neither here nor a Hub dataset" in run_client(hub, tmp_path, code)
     assert hub.repos["dataset", "me/breakhis"].private
     assert len(hub.commits("me/breakhis", repo_type="dataset")) == 2
+
+
+CONTENT = bytes(range(256)) * 4000  # 1 MB
+
+
+def test_downloads_that_fail_leave_no_half_file_and_succeed_the_next_time(hub, tmp_path):
+    """Each misfortune outlasts the client's own patience: an error that says what to do; then the same call works."""
+    hub.create("me/model", {"model.safetensors": CONTENT, "config.json": b"{}"})
+    code = """
+import resource, shutil
+from magnification_invariant.hub_files import resolve, snapshot
+
+def assert_nothing_is_half():
+    cached = [path for path in Path("home").rglob("snapshots/*/*") if path.is_file()]
+    assert all(path.stat().st_size in (2, 1_024_000) for path in cached), cached
+
+def read():
+    return [resolve("me/model", name).read_bytes() for name in ("config.json", "model.safetensors")]
+
+for pattern, what, times in (
+    ("HEAD .*resolve", 500, 20),
+    ("GET /store", 500, 20),
+    ("GET /store", "drop", 20),
+    ("GET /store", "damage", 1),
+    ("GET .*config.json", "damage", 1),
+):
+    fault(pattern, what, times)
+    refused(read)
+    fault()
+    assert_nothing_is_half()
+    assert [len(content) for content in read()] == [2, 1_024_000] and snapshot("me/model").is_dir()
+    shutil.rmtree("home")
+
+fault("GET /store", "drop")  # once: the client goes on where it was cut off
+read()
+shutil.rmtree("home")
+
+soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, hard))  # as a full disk: no file can become larger
+refused(read)
+assert_nothing_is_half()
+resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+read()
+"""
+    printed = run_client(hub, tmp_path, code)
+    assert printed.count("REFUSED") == 6 and printed.count("Ways on: publish") == 4, printed
+    assert printed.count("arrived damaged (its checksum is wrong) and was removed; try again") == 2
+
+
+def test_a_client_that_is_killed_leaves_no_half_file(hub, tmp_path):
+    hub.create("me/model", {"model.safetensors": CONTENT})
+    hub.fail("GET /store", "stall")
+    code = """
+from magnification_invariant.hub_files import resolve
+assert resolve("me/model", "model.safetensors").stat().st_size == 1_024_000
+"""
+    client = start_client(hub, tmp_path, code)
+    assert hub.stalled.wait(120), (tmp_path / "printed.txt").read_text()
+    os.kill(client.pid, signal.SIGKILL)
+    client.join()
+    hub.go_on.set()
+    assert not [path for path in (tmp_path / "home").rglob("snapshots/*/*") if path.is_file()]
+    run_client(hub, tmp_path, code)
+
+
+def test_uploads_that_fail_commit_nothing_by_halves_and_succeed_the_next_time(hub, tmp_path):
+    code = """
+import os
+from magnification_invariant.hub_files import upload
+
+Path("model").mkdir()
+Path("model/README.md").write_text("---\\nlibrary_name: timm\\n---\\n")
+for i, (pattern, what) in enumerate((
+    ("POST .*/commit/", 500),
+    ("POST .*/commit/", "meanwhile"),
+    ("POST .*/preupload/", 500),
+    ("POST .*/objects/batch", 500),
+    ("PUT /store", 500),
+    ("PUT /store", "drop"),
+)):
+    Path("model/config.json").write_text(str(i))
+    Path("model/model.safetensors").write_bytes(os.urandom(100_000))
+    fault(pattern, what, 1 if what == "meanwhile" else 30)
+    refused(upload, "model", "me/model", message=str(i))
+    fault()
+    assert upload("model", "me/model", message=str(i))
+
+Path("model/config.json").write_text("last")
+fault("POST .*/commit/", "drop")  # done, but the answer is lost
+refused(upload, "model", "me/model", message="last")
+fault()
+assert not upload("model", "me/model", message="last")
+
+os.environ["HF_TOKEN"] = "hf_read"
+Path("model/config.json").write_text("mine?")
+refused(upload, "model", "me/model")
+"""
+    printed = run_client(hub, tmp_path, code)
+    assert printed.count("Nothing was committed by halves; the same command goes on") == 8, printed
+    assert "hf_" not in printed  # no token
+    titles = hub.commits("me/model")
+    assert titles == ["initial commit", "0", "somebody else's", "1", "2", "3", "4", "5", "last"]
+    for commit in hub.repos["model", "me/model"].commits[1:]:
+        assert {"README.md", "config.json", "model.safetensors"} <= commit["files"].keys()
+    assert hub.files("me/model")["other.txt"] == b"theirs"
+
+
+def test_weights_that_can_run_code_are_refused(hub, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    bomb = pickle.dumps({"fc.weight": Bomb()})
+    config = {"architecture": "test_resnet", "num_classes": 2, "pretrained_cfg": {}}
+    files = {"pytorch_model.bin": bomb, "config.json": json.dumps(config).encode()}
+    hub.create("me/magerm_resnet18.breakhis", files)
+    code = """
+import pickle, timm
+from magnification_invariant.hub import fetch
+from magnification_invariant.hub_files import resolve, snapshot
+
+name = "magerm_resnet18.breakhis"
+refused(timm.create_model, name, pretrained=True)
+refused(resolve, f"me/{name}", "pytorch_model.bin")
+refused(fetch, f"me/{name}", "pulled")
+assert not (snapshot(f"me/{name}") / "pytorch_model.bin").exists() and not Path("pulled").exists()
+try:
+    timm.create_model(f"hf-hub:me/{name}", pretrained=True)
+except pickle.UnpicklingError:
+    print("timm refuses it too")
+"""
+    printed = run_client(hub, tmp_path, code, MAGDG_HUB_NAMESPACE="me")
+    assert not (tmp_path / "exploded").exists()
+    assert "REFUSED me/magerm_resnet18.breakhis is neither a folder nor a Hub repository that gives model" in printed
+    assert "REFUSED pytorch_model.bin of me/magerm_resnet18.breakhis is not read" in printed
+    assert "REFUSED me/magerm_resnet18.breakhis holds no model.safetensors" in printed
+    assert "timm refuses it too" in printed

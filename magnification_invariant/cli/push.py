@@ -6,7 +6,9 @@ HELP = "publish a finished run on the Hugging Face Hub"
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN_FOLDER", help="folder of a run; with --all, of a grid of runs")
+    parser.add_argument(
+        "folder", type=Path, metavar="RUN_FOLDER", help="folder of a run; with --all, of a grid of runs"
+    )
     parser.add_argument("repo", metavar="REPO_ID", help="NAMESPACE/NAME, made if needed; with --all, NAMESPACE")
     parser.add_argument(
         "--all",
@@ -25,9 +27,9 @@ def run(args) -> int:
 
     from magnification_invariant.hub import publish, released
 
-    cells = {args.repo: args.run}
+    cells = {args.repo: args.folder}
     if args.all:
-        cells = {f"{args.repo}/{name}": cell for name, cell in released(args.run).items()}
+        cells = {f"{args.repo}/{name}": cell for name, cell in released(args.folder).items()}
     bar = tqdm(cells.items(), desc="push", unit="model", disable=None if args.all else True)
     for repo, cell in bar:
         if args.dry_run:

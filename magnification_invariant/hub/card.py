@@ -77,7 +77,7 @@ def render_card(folder: Path, repo: str) -> str:
 
 def _part_names(parts: dict, held_out) -> dict[str, str]:
     """Part to what it is, in words; the tested ones first."""
-    named = {"test": f"patients never seen, at {_domain(held_out)}, never seen", "test_source": "patients never seen"}
+    named = {"test": f"patients and {_domain(held_out)} never seen", "test_source": "patients never seen"}
     if held_out is not None:
         named["test_source"] = "the same patients, at the magnifications seen"
     named |= {part: f"of these, {part.rpartition('_')[2]}" for part in parts if part.endswith("X")}

@@ -77,10 +77,10 @@ def _compare(cell: Path, results: dict) -> dict:
     mine, rows = _tested(cell, results, part)
     found = {}
     for file in sorted(cell.parent.glob("*/results.json")):
-        if file.parent == cell:
-            continue
         config = json.loads((file.parent / "config.json").read_text())
-        other = config["arguments"]
+        other = config.get("arguments", {})
+        if file.parent == cell or any(other.get(name) != own[name] for name in ("data", "held_out", "fold")):
+            continue
         if "start" in config and other["seed"] != own["seed"]:  # what has no network has no seed either
             continue
         theirs, their_rows = _tested(file.parent, json.loads(file.read_text()), part)

@@ -253,7 +253,7 @@ def _cfg(**kwargs) -> dict:
 def _packaged_cfgs() -> dict:
     """Of each packaged model, with the input that its own config states."""
     cfgs = {}
-    for file in sorted(PACKAGED.glob("*/config.json")):
+    for file in sorted(PACKAGED.glob("[!.]*/config.json")):
         about = json.loads(file.read_text())["pretrained_cfg"]
         about = {k: tuple(v) if isinstance(v, list) else v for k, v in about.items() if k != "tag"}
         about["pool_size"] = tuple(-(-side // 32) for side in about["input_size"][1:])
