@@ -1,5 +1,8 @@
 """What `fit` costs over a bare loop: epochs of both in turns, in one process, on the same batches and augmentation.
 
+Of two bare loops: forward, backward and optimizer alone; and with clipping and the average of the weights, which are
+part of the recipe and cost what they cost in any loop.
+
 python benchmarks/fit_overhead.py
 """
 
@@ -7,9 +10,11 @@ import argparse
 import math
 import statistics
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
+from timm.utils import ModelEmaV3
 
 from magnification_invariant import load_virtual_slides
 from magnification_invariant.data.augment import DRAWS, cache_height, random_view
@@ -19,61 +24,74 @@ from magnification_invariant.tasks import get_task
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--method", default="erm")
+    parser.add_argument("--patients", type=int, default=20)
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
-    ds = load_virtual_slides(20, images_per_magnification=4)
+    ds = load_virtual_slides(args.patients, images_per_magnification=4)
     cache = PixelCache(ds, cache_height(args.image_size))
     domain = np.unique(ds["magnification"], return_inverse=True)[1]
     rows = TrainRows(np.arange(len(ds)), np.asarray(ds["label"]), domain, np.asarray(ds["patient"]))
     config = FitConfig(epochs=args.epochs, image_size=args.image_size)
     steps = math.ceil(len(rows) / config.batch_size)
     method = get_task(args.method)
+    target, domain = torch.from_numpy(rows.target), torch.from_numpy(rows.domain)
 
     def make():
         torch.manual_seed(0)
         return method(method.create_model(method.arch, num_classes=2, num_domains=4))
 
-    bare = make().train()
-    optimizer = torch.optim.AdamW(bare.parameters(), lr=config.learning_rate, fused=True)
-    target, domain = torch.from_numpy(rows.target), torch.from_numpy(rows.domain)
-    progress = torch.tensor(0.5)
+    def bare_loop(whole_recipe: bool) -> Callable[[], None]:
+        """A function that trains an epoch."""
+        task = make().train()
+        optimizer = torch.optim.AdamW(task.parameters(), lr=config.learning_rate, fused=True)
+        ema, progress = ModelEmaV3(task.model, decay=config.ema_decay, use_warmup=True), torch.tensor(0.5)
 
-    def bare_epoch() -> None:
-        order = torch.randperm(len(rows))
-        for step in range(steps):
-            chosen = order[torch.arange(step * config.batch_size, (step + 1) * config.batch_size) % len(rows)]
-            draws = torch.rand(config.batch_size, DRAWS)
-            view = random_view(cache.pixels[chosen], draws, config.image_size, stain=config.stain)
-            loss = bare(normalise(view), target[chosen], domain[chosen], progress)["loss"]
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
+        def epoch() -> None:
+            order = torch.randperm(len(rows))
+            for step in range(steps):
+                chosen = order[torch.arange(step * config.batch_size, (step + 1) * config.batch_size) % len(rows)]
+                draws = torch.rand(config.batch_size, DRAWS)
+                view = random_view(cache.pixels[chosen], draws, config.image_size, stain=config.stain)
+                loss = task(normalise(view), target[chosen], domain[chosen], progress)["loss"]
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                if whole_recipe:
+                    torch.nn.utils.clip_grad_norm_(task.parameters(), config.clip_norm)
+                optimizer.step()
+                if whole_recipe:
+                    ema.update(task.model)
 
-    seconds = {"fit": [], "bare": []}
+        return epoch
+
+    loops = {"bare loop": bare_loop(False), "bare loop with clipping and average": bare_loop(True)}
+    seconds: dict[str, list[float]] = {"fit": [], **{name: [] for name in loops}}
     started = 0.0
 
     def on_epoch(epoch: int, model, log) -> None:
         nonlocal started
         seconds["fit"].append(time.perf_counter() - started)
-        started = time.perf_counter()
-        bare_epoch()
-        seconds["bare"].append(time.perf_counter() - started)
+        for name, run in loops.items():
+            started = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - started)
         started = time.perf_counter()
 
-    bare_epoch()  # both have run once before anything is timed
+    for run in loops.values():
+        run()  # all have run once before anything is timed
     started = time.perf_counter()
     fit(make(), cache, rows, config, on_epoch=on_epoch)
-    ratios = [a / b for a, b in zip(seconds["fit"][1:], seconds["bare"][1:], strict=True)]
     images = steps * config.batch_size
     for name, values in seconds.items():
-        print(f"{name:5} {images / statistics.median(values[1:]):7.1f} images/s (median of {len(values) - 1} epochs)")
-    print(f"ratio fit / bare: median {statistics.median(ratios):.3f}, range {min(ratios):.3f} to {max(ratios):.3f}")
+        print(f"{name:36} {images / statistics.median(values[1:]):7.1f} images/s (median of {len(values) - 1} epochs)")
+    for name in loops:
+        ratios = [a / b for a, b in zip(seconds["fit"][1:], seconds[name][1:], strict=True)]
+        print(f"fit / {name}: median {statistics.median(ratios):.3f}, range {min(ratios):.3f} to {max(ratios):.3f}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,10 @@
 """Two processes (gloo) against one: the same training, the same predictions."""
 
+import json
+from dataclasses import replace
+
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import Accelerator, debug_launcher
@@ -8,8 +12,10 @@ from accelerate.state import AcceleratorState, PartialState
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
+from magnification_invariant.data.breakhis import load_breakhis
 from magnification_invariant.data.pixels import PixelCache
 from magnification_invariant.engine import FitConfig, TrainRows, fit, predict
+from magnification_invariant.lomo import Cell, run_grid
 from magnification_invariant.tasks import DANN, ERM
 
 CONFIG = FitConfig(epochs=2, batch_size=8, image_size=32, learning_rate=1e-2)
@@ -123,3 +129,22 @@ def test_batch_norm_in_training_takes_each_process_for_itself_and_all_predict_al
     model.load_state_dict(two["weights"])
     alone, _ = predict(model, data[0], data[1].index, 32)
     assert np.allclose(two["logits"].numpy(), alone, atol=1e-5)
+
+
+def run_cells(tree, path):
+    torch.set_num_threads(1)
+    cell = Cell("dann", 200, n_folds=4, model="test_magdg_resnet", epochs=2, image_size=32, batch_size=8)
+    cells = [replace(cell, method="colour"), cell]
+    run_grid(cells, load_breakhis(tree), path, accelerator=Accelerator(cpu=True), say=lambda line: None)
+
+
+def test_two_processes_leave_the_records_of_a_grid_once(breakhis_tree, tmp_path):
+    debug_launcher(run_cells, (breakhis_tree, tmp_path), num_processes=2)
+    for name, epochs in (("colour", 1), ("dann", 2)):
+        folder = tmp_path / f"{name}-lomo200-fold0-seed0"
+        assert json.loads((folder / "results.json").read_text())["parts"]["test"]["images"] == 2
+        records = pq.read_table(folder / "predictions.parquet").to_pandas()
+        # one of four patients of each class tests, one validates, at three magnifications: 2 + 6 + 6 images an epoch
+        assert len(records) == len(records.groupby(["epoch", "part", "filename"])) == 14 * epochs
+    assert not {p.name for p in folder.iterdir()} & {"checkpoint.pt", "epochs"}
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2

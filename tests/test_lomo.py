@@ -211,6 +211,26 @@ def test_only_a_collapsed_embedding_has_no_signature(ds, monkeypatch):
         lomo._signature(flat | {"train": flat["train"] * np.nan}, split, columns)
 
 
+def test_one_training_magnification_is_too_few_for_an_adversary(ds, tmp_path):
+    two = ds.filter(lambda m: m in (40, 200), input_columns="magnification")
+    with pytest.raises(ValueError, match="two training domains to tell apart, and there is one: use erm"):
+        run_cell(CELL, two, tmp_path / "dann")
+    run_cell(replace(CELL, method="erm", epochs=1), two, tmp_path / "erm")
+    assert (tmp_path / "erm" / "results.json").exists()
+
+
+def test_workers_take_gpus_in_turns(ds, tmp_path, monkeypatch):
+    import magnification_invariant.lomo as lomo
+
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for worker in range(3):
+        lomo._work(worker, [], ds, tmp_path, None, print)
+    assert taken == [0, 1, 0]
+
+
 def test_class_and_domain_that_tell_each_other_are_warned_of():
     import warnings
 
@@ -260,6 +280,40 @@ def test_start_weights_are_part_of_the_split(ds, finished, tmp_path):
     folder = tmp_path / "c"
     run_cell(replace(CELL, fold=1, pretrained_backbone=start, allow_seen_init=True, epochs=1), ds, folder)
     assert "the start had seen the test" in markdown(summarise([folder]))
+
+
+def test_weights_that_are_frozen_are_a_start_too(ds, finished, tmp_path):
+    cell = replace(CELL, method="frozen", model=f"local-dir:{finished / 'model'}", epochs=1)
+    with pytest.raises(ValueError, match="seen patients"):
+        run_cell(replace(cell, fold=1), ds, tmp_path / "a")
+    run_cell(cell, ds, tmp_path / "b")
+    start = json.loads((tmp_path / "b" / "config.json").read_text())["start"]
+    assert start["source"] == cell.model and not start["saw_test"]
+    a, b = weights(finished), weights(tmp_path / "b")
+    assert {name for name in a if not torch.equal(a[name], b[name])} == {"fc.weight", "fc.bias"}
+
+
+def test_options_go_to_the_methods_that_have_them(ds, tmp_path):
+    cells = grid(["erm", "coral", "mixstyle"], [200], [0], [0], options={"gamma": 7.0, "p": 0.0})
+    assert {cell.method: cell.options for cell in cells} == {
+        **dict.fromkeys((*FLOORS, "erm"), {}),
+        "coral": {"gamma": 7.0},
+        "mixstyle": {"p": 0.0},
+    }
+    assert len({replace(CELL, method="coral", options={"gamma": g}).recipe_sha256 for g in (1.0, 2.0)}) == 2
+    with pytest.raises(ValueError, match="erm, coral: none has the option gama"):
+        grid(["erm", "coral"], [200], [0], [0], options={"gama": 7.0})
+    with pytest.raises(ValueError, match="coral has no option coeff: its options are gamma"):
+        run_cell(replace(CELL, method="coral", options={"coeff": 1.0}), ds, tmp_path / "a")
+    with pytest.raises(ValueError, match="gamma is a weight of at least 0"):
+        run_cell(replace(CELL, method="coral", options={"gamma": -1.0}), ds, tmp_path / "b")
+    with pytest.raises(ValueError, match="coral does not take the options gamma='x'"):
+        run_cell(replace(CELL, method="coral", options={"gamma": "x"}), ds, tmp_path / "c")
+    folder = tmp_path / CELL.name
+    run_cell(replace(CELL, options={"critic_steps": 2}, epochs=1), ds, folder)
+    assert "critic_loss" in json.loads((folder / "metrics.jsonl").read_text())
+    with pytest.raises(ValueError, match="options was {'critic_steps': 2} and is now {}"):
+        run_cell(replace(CELL, epochs=1), ds, folder)
 
 
 def test_start_weights_are_loaded(ds, finished, tmp_path):

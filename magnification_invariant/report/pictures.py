@@ -123,14 +123,15 @@ def embedding_map(folder: Path, path) -> None:
 
 
 def curves(folders: Iterable[Path], path: Path) -> None:
-    """Training losses and the coefficient by epoch, a panel a cell."""
-    folders = [Path(folder) for folder in folders if (Path(folder) / "metrics.jsonl").exists()]
-    figure, axes = _figure(len(folders))
-    for axis, folder in zip(axes, folders, strict=True):
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """Training losses and the coefficient by epoch, a panel a cell, and one before it for what it trained first."""
+    logs = [Path(folder) / f"{stage}.jsonl" for folder in folders for stage in ("prepare", "metrics")]
+    logs = [log for log in logs if log.exists()]
+    figure, axes = _figure(len(logs))
+    for axis, log in zip(axes, logs, strict=True):
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
         for name in sorted(lines[0].keys() - {"epoch", "loss", "learning_rate"}):
             axis.plot([line["epoch"] for line in lines], [line[name] for line in lines], label=name.replace("_", " "))
-        axis.set(title=folder.name, xlabel="epoch", ylim=(0, None))
+        axis.set(title=f"{log.parent.name}, {log.stem}", xlabel="epoch", ylim=(0, None))
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
 

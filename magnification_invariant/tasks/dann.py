@@ -21,7 +21,7 @@ class DANN(Task):
         coeff_schedule: how it depends on the share p of the training done. "dann": ``c dann_coeff(p)``; "constant":
             ``c``; "linear": ``c p``; "adaptive": ``c dann_coeff(p) |dL_class/dz| / |dL_domain/dz|`` at the pooled
             features z of the batch, so that the adversary pushes the features as hard as the class loss does, however
-            large or small its own gradient has become.
+            large or small its own gradient has become. Of several processes, each takes it from its own share.
         critic_steps: 0 trains the domain head in the same step as the rest. Otherwise it is a player of its own that
             takes so many steps, on frozen features, before each step of the rest.
     """
