@@ -22,6 +22,7 @@ _PUBLIC = {
     "SparseSignature": "signatures",
     "fit": "engine",
     "predict": "engine",
+    "Classifier": "classifier",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -21,15 +21,15 @@ import timm
 import torch
 from PIL import Image
 
+from magnification_invariant import metrics
 from magnification_invariant.classifier.inputs import Item, check_mpp, items_of, open_item
 from magnification_invariant.data.apparent_scale import FACTOR, apparent_mpp
 from magnification_invariant.data.images import to_rgb
 from magnification_invariant.data.scale import read_mpp, rescale
 from magnification_invariant.hub_files import snapshot
-from magnification_invariant.metrics import apply_temperature
 from magnification_invariant.model_folder import read_model_config
 from magnification_invariant.models import embed
-from magnification_invariant.records import POSITIVE
+from magnification_invariant.records import POSITIVE, last_epoch, part_of
 from magnification_invariant.signatures import SignatureProjector
 
 BACKENDS = ("torch", "onnx", "openvino")
@@ -156,8 +156,8 @@ class Classifier:
             run = (_run_onnx if backend == "onnx" else _run_openvino)(folder / ONNX_FILE)
         else:
             raise FileNotFoundError(
-                f"{folder} holds no {ONNX_FILE}: `magdg export {repo_or_folder} --out FOLDER` writes one, and FOLDER is "
-                "then the model to name"
+                f"{folder} holds no {ONNX_FILE}: `magdg export {repo_or_folder} --out FOLDER` writes one: name FOLDER "
+                "as the model"
             )
         return cls(folder, config, run, network=network, projector=projector, batch_size=batch_size)
 
@@ -205,11 +205,12 @@ class Classifier:
             batch: list[tuple[_Image, np.ndarray, float]] = []
             for image in _ahead(pool, lambda item: self._load(item, scales, strict), items, 2 * workers):
                 waiting.append(image)
-                tiles = [list(_tiles(view, self.size)) for view in image.views]
-                image.todo = image.row["tiles"] = sum(map(len, tiles))
-                for view in tiles:
-                    for tile in view:
-                        batch.append((image, tile, 1 / (len(tiles) * len(view))))
+                corners = [self.corners(view) for view in image.views]
+                image.todo = image.row["tiles"] = sum(map(len, corners))
+                for view, places in zip(image.views, corners, strict=True):
+                    for top, left in places:
+                        tile = view[top : top + self.size, left : left + self.size]
+                        batch.append((image, tile, 1 / (len(corners) * len(places))))
                         if len(batch) == self.batch_size:
                             self._run(batch)
                             batch = []
@@ -218,6 +219,29 @@ class Classifier:
             if batch:
                 self._run(batch)
             yield from map(self._finish, waiting)
+
+    def corners(self, view: np.ndarray) -> list[tuple[int, int]]:
+        """(top, left) of the fewest tiles that cover a view (height, width, 3), evenly spread."""
+        lines, columns = (
+            np.linspace(0, side - self.size, math.ceil(side / self.size)).round().astype(int).tolist()
+            for side in view.shape[:2]
+        )
+        return [(top, left) for top in lines for left in columns]
+
+    def padded(self, view: np.ndarray) -> np.ndarray:
+        """A view (height, width, 3), continued by reflection to at least the network's input.
+
+        Raises:
+            ValueError: it is so small that hardly anything would be tissue.
+        """
+        height, width = view.shape[:2]
+        if min(height, width) < self.size / 4:
+            raise ValueError(
+                f"{width} x {height} pixels are left at the model's scale, fewer than a quarter of the network's input "
+                f"of {self.size}: too small a field"
+            )
+        extra = [max(0, self.size - side) for side in (height, width)]
+        return np.pad(view, [(e // 2, e - e // 2) for e in extra] + [(0, 0)], "symmetric") if any(extra) else view
 
     def _load(self, item: Item, scales: Sequence[float], strict: bool) -> _Image:
         row = dict.fromkeys(COLUMNS) | {"filename": item.name, "native_mpp": item.mpp}
@@ -242,7 +266,7 @@ class Classifier:
             for scale in scales:
                 if scale == 1 or row["mpp"] * scale <= self._coarsest:
                     view = np.asarray(_at(image, native, row["mpp"] * scale))
-                    loaded.views.append(_padded(view, self.size, native))
+                    loaded.views.append(self.padded(view))
             row["warning"] = "; ".join(self._doubts(row, native, frames)) or None
         except Exception as error:  # Pillow raises whatever its decoders do; one bad file must not stop the others
             row["error"] = str(error) or type(error).__name__
@@ -255,8 +279,8 @@ class Classifier:
 
     def _coarser(self, native: float) -> str:
         return (
-            f"{native:g} um/px is coarser than the model knows ({self.mpp_range[0]:.3g} to {self.mpp_range[1]:.3g}), and "
-            "detail that is not there cannot be resampled" + (": was a magnification meant?" if native >= 4 else "")
+            f"{native:g} um/px is coarser than the model knows ({self.mpp_range[0]:.3g} to {self.mpp_range[1]:.3g}), "
+            "and detail that is not there cannot be made" + (": was a magnification meant?" if native >= 4 else "")
         )
 
     def _doubts(self, row: dict, native: float, frames: int) -> Iterator[str]:
@@ -282,25 +306,50 @@ class Classifier:
         row = image.row
         if not row["error"]:
             logits, embedding = image.sums
-            probability = apply_temperature(logits[None], self.temperature)[0]
+            probability = metrics.apply_temperature(logits[None], self.temperature)[0]
             row |= {"logits": logits.tolist(), "probability": float(probability[POSITIVE]), "embedding": embedding}
             row["prediction"] = self.labels[int(logits.argmax())]
             if self.projector:
                 row["signature"] = self.projector.transform(embedding[None])[0].tolist()
         return row
 
-    def zoom_curve(self, image: Image.Image, mpp: float, n: int = 7) -> tuple[np.ndarray, np.ndarray]:
-        """Micrometres per pixel (<= n,) and the probability of the positive class that this one image gets at each.
+    def zoom_views(self, image: Image.Image, mpp: float, n: int) -> list[tuple[float, Image.Image]]:
+        """The same image at up to `n` scales (um/px), each with its pixels.
 
-        From the finest scale that can be shown without inventing detail to the coarsest that the model knows and at
-        which the image still fills half of the network's input; one scale if there is no more.
+        From the finest that can be shown without inventing detail to the coarsest that the model knows and at which
+        the image still fills half of the network's input; one scale if there is no more.
         """
         low = max(check_mpp(mpp), self.mpp_range[0])
         high = max(low, min(self.mpp_range[1], 2 * min(image.size) * mpp / self.size))
-        at = np.geomspace(low, high, n) if high > low * 1.01 else np.array([low])
-        views = [_at(image, mpp, each) for each in at]
-        items = [Item(f"{each:.3g}", view, float(each)) for view, each in zip(views, at, strict=True)]
-        return at, np.array([row["probability"] for row in self.iterate(items)], float)
+        scales = np.geomspace(low, high, n).tolist() if high > low * 1.01 else [low]
+        return [(scale, _at(image, mpp, scale)) for scale in scales]
+
+    def zoom_curve(self, image: Image.Image, mpp: float, n: int = 7) -> tuple[np.ndarray, np.ndarray]:
+        """Scales (um/px) and the probability of the positive class that this one image gets at each: `zoom_views`.
+
+        Raises:
+            ValueError: the image cannot be predicted.
+        """
+        items = [Item(f"{scale:.3g} um/px", view, scale) for scale, view in self.zoom_views(to_rgb(image), mpp, n)]
+        rows = list(self.iterate(items))
+        if rows[0]["error"]:
+            raise ValueError(rows[0]["error"])
+        return np.array([row["mpp"] for row in rows]), np.array([row["probability"] for row in rows], float)
+
+    def reliability(self, probability: float) -> str:
+        """What became of images that were given about this probability, in a sentence; by the model's own records."""
+        if self.config.get("trained_on") == "virtual":
+            return "Trained on virtual slides: it says nothing about patients."
+        if not (self.folder / "predictions.parquet").is_file():
+            return "How far its probabilities can be trusted is not recorded with this model."
+        test = part_of(last_epoch(self.folder), "test", self.temperature)
+        weight = metrics.patient_weights(test["patient"])
+        curve = metrics.reliability_curve(test["label"], test["probability"], weight, n_bins=8)
+        i = int(np.abs(curve.predicted - probability).argmin())
+        return (
+            f"Of test images that were given about {curve.predicted[i]:.2f}, {curve.observed[i]:.0%} were "
+            f"{self.labels[POSITIVE]} (by some {curve.rows[i]:.0f} images)."
+        )
 
     def __repr__(self) -> str:
         low, high = self.mpp_range
@@ -309,29 +358,6 @@ class Classifier:
 
 def _at(image: Image.Image, native: float, mpp: float) -> Image.Image:
     return image if math.isclose(native, mpp, rel_tol=1e-3) else rescale(image, mpp, native_mpp=native)
-
-
-def _padded(view: np.ndarray, size: int, native: float) -> np.ndarray:
-    """At least `size` pixels either way, by reflection at the edges."""
-    height, width = view.shape[:2]
-    if min(height, width) < size / 4:
-        raise ValueError(
-            f"{width} x {height} pixels are left at the model's scale, fewer than a quarter of the network's input of "
-            f"{size}: too small a field at {native:g} um/px"
-        )
-    extra = [max(0, size - side) for side in (height, width)]
-    return np.pad(view, [(e // 2, e - e // 2) for e in extra] + [(0, 0)], "symmetric") if any(extra) else view
-
-
-def _tiles(view: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    """The fewest squares that cover the view, evenly spread."""
-    corners = [
-        np.linspace(0, side - size, math.ceil(side / size)).round().astype(int) if side > size else [0]
-        for side in view.shape[:2]
-    ]
-    for top in corners[0]:
-        for left in corners[1]:
-            yield view[top : top + size, left : left + size]
 
 
 def _ahead(pool: ThreadPoolExecutor, function, items: Iterable, n: int) -> Iterator:

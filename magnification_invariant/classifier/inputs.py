@@ -1,4 +1,4 @@
-"""What can be predicted: files, folders, patterns, tables, pictures and arrays, each as an item with a name and a scale."""
+"""What can be predicted: files, folders, patterns, tables, pictures and arrays, each as an item with name and scale."""
 
 import glob
 import math

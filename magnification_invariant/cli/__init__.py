@@ -4,7 +4,21 @@ import argparse
 import sys
 
 from magnification_invariant._version import __version__
-from magnification_invariant.cli import demo, doctor, lomo, predict, prepare, pull, push, report, search, split
+from magnification_invariant.cli import (
+    app,
+    demo,
+    doctor,
+    explain,
+    export,
+    lomo,
+    predict,
+    prepare,
+    pull,
+    push,
+    report,
+    search,
+    split,
+)
 
 COMMANDS = {
     "demo": demo,
@@ -13,6 +27,9 @@ COMMANDS = {
     "lomo": lomo,
     "report": report,
     "predict": predict,
+    "export": export,
+    "explain": explain,
+    "app": app,
     "search": search,
     "push": push,
     "pull": pull,

@@ -57,11 +57,11 @@ def test_a_large_image_is_the_mean_of_its_tiles(classifier):
 
 
 def test_tiles_cover_an_image_evenly_whatever_its_size(classifier):
-    from magnification_invariant.classifier.classifier import _tiles
-
-    view = np.arange(150 * 201 * 3, dtype=np.int64).reshape(150, 201, 3)
-    tiles = list(_tiles(view, 64))
-    assert len(tiles) == 3 * 4 and np.unique(np.concatenate([t.ravel() for t in tiles])).size == view.size
+    view = np.arange(150 * 201).reshape(150, 201)
+    corners = classifier.corners(view)
+    assert len(corners) == 3 * 4
+    assert np.unique(np.concatenate([view[y : y + 64, x : x + 64].ravel() for y, x in corners])).size == view.size
+    assert classifier.corners(np.empty((64, 64, 3))) == [(0, 0)]
 
 
 def test_coarser_than_known_warns_and_strict_refuses(classifier):
@@ -248,10 +248,29 @@ def test_a_model_that_is_not_ours(tmp_path):
     from timm.models import save_for_hf
 
     save_for_hf(timm.create_model("test_resnet", num_classes=2), tmp_path, safe_serialization=True)
-    with pytest.raises(ValueError, match="not a model of magnification_invariant: its config.json lacks name"):
+    with pytest.raises(ValueError, match="not a model of magnification_invariant"):
         Classifier.from_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="neither a folder nor a Hub repository"):
         Classifier.from_pretrained("nobody/nothing")
     with pytest.raises(ValueError, match="unknown backend 'tensorflow'"):
         Classifier.from_pretrained(tmp_path, backend="tensorflow")
     assert torch.is_grad_enabled()
+
+
+def test_what_became_of_such_probabilities(classifier, tiny_model, tmp_path):
+    import shutil
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    assert "not recorded" in classifier.reliability(0.5)
+    folder = shutil.copytree(tiny_model, tmp_path / "with records")
+    low, high = [0.0, np.log(0.25) * 1.5], [0.0, np.log(4) * 1.5]  # at the temperature of 1.5: 0.2 and 0.8
+    columns = {"logits": [low] * 8 + [high] * 8, "label": [1, 0, 0, 0] * 2 + [1, 1, 1, 0] * 2}
+    columns |= {"patient": [f"p{i % 4}" for i in range(16)], "part": ["test"] * 16, "epoch": [0] * 16}
+    pq.write_table(pa.table(columns), folder / "predictions.parquet")
+    assert (
+        Classifier.from_pretrained(folder)
+        .reliability(0.7)
+        .startswith("Of test images that were given about 0.80, 75% were malignant")
+    )
