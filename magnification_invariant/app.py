@@ -33,8 +33,8 @@ SCALES = {
 LIMITS = """\
 **What this is not.** A research model, not a medical device: it must not be used for diagnosis. It knows H&E of breast
 tissue and two classes; shown anything else, it still answers. It was trained on {low:.3g} to {high:.3g} micrometres per
-pixel at its input: finer images are resampled, answers to coarser ones are guesses. The map shows what the network used,
-not where a tumour is. What you upload is kept for an hour on the machine that serves this page."""
+pixel at its input: finer images are resampled, answers to coarser ones are guesses. The map shows what the network
+used, not where a tumour is. What you upload is kept for an hour on the machine that serves this page."""
 
 
 def build(repo_or_folder: str | Path | None = None, *, index: str | Path | None = None):
@@ -106,7 +106,8 @@ def _answer(
         curve = classifier.zoom_curve(image, scale)
         figures = [_map_figure(classifier, image, row), _charts_figure(classifier, row, curve)]
     except Exception as error:  # whatever a damaged file makes Pillow raise
-        raise gr.Error(str(error) or type(error).__name__, duration=None, print_exception=False) from error
+        message = (str(error) or type(error).__name__).replace(f"{Path(path or '').parent}/", "")
+        raise gr.Error(message, duration=None, print_exception=False) from error
     probability = row["probability"]
     shown = {classifier.labels[POSITIVE]: probability}
     if len(classifier.labels) == 2:
