@@ -10,7 +10,7 @@ from PIL import Image
 from magnification_invariant.classifier import Classifier, Item, check_mpp
 from magnification_invariant.data.images import SUFFIXES, to_rgb
 from magnification_invariant.data.scale import read_mpp, rescale
-from magnification_invariant.data.virtual_slides import render_field, virtual_field
+from magnification_invariant.data.virtual_slides import render_field, virtual_field, virtual_patient
 from magnification_invariant.explain import draw, map_of_view, middle
 from magnification_invariant.models.magdg import PACKAGED
 from magnification_invariant.records import POSITIVE
@@ -45,12 +45,10 @@ def build(repo_or_folder: str | Path | None = None, *, index: str | Path | None 
         index: folder that ``magdg search --build`` wrote with this model; without one no similar cases are shown.
 
     Raises:
-        OSError: no model or index there, or gradio is not installed.
+        OSError: no model or index there.
     """
-    try:
-        import gradio as gr
-    except ModuleNotFoundError as error:
-        raise OSError("this needs gradio: pip install 'magnification-invariant[app]'") from error
+    import gradio as gr
+
     classifier = Classifier.from_pretrained(repo_or_folder or DEFAULT_MODEL)
     cases = SignatureIndex.load(index) if index else None
     low, high = classifier.mpp_range
@@ -61,17 +59,19 @@ def build(repo_or_folder: str | Path | None = None, *, index: str | Path | None 
         with gr.Row():
             with gr.Column(scale=2):
                 file = gr.File(label="Image", file_types=sorted(SUFFIXES), elem_id="image")
-                mpp = gr.Number(label="Micrometres per pixel", value=None, elem_id="mpp")
+                mpp = gr.Textbox(
+                    label="Micrometres per pixel", placeholder="0.25", elem_id="mpp"
+                )  # a Number turns empty into 0
                 known = gr.Dropdown(
                     list(SCALES), value=None, label="... or the magnification, if nothing better is known"
                 )
                 button = gr.Button("Predict", variant="primary", elem_id="predict")
-                gr.Examples(_examples(low, high), [file, mpp], label="Virtual tissue: benign, malignant")
+                gr.Examples(_examples(low, high), [file, mpp], label="No image at hand? Virtual tissue")
             with gr.Column(scale=3):
                 answer = gr.Label(label="Calibrated probability", elem_id="answer")
                 note = gr.Markdown(elem_id="note")
-        picture = gr.Plot(label="The image as the network sees it, and its class-activation map", elem_id="map")
-        charts = gr.Plot(label="This image at other scales, and its signature", elem_id="charts")
+        picture = gr.Plot(show_label=False, elem_id="map")
+        charts = gr.Plot(show_label=False, elem_id="charts")
         similar = gr.Gallery(label="Most similar cases", columns=5, visible=cases is not None, elem_id="similar")
         gr.Markdown(LIMITS.format(low=low, high=high))
         button.click(
@@ -83,9 +83,7 @@ def build(repo_or_folder: str | Path | None = None, *, index: str | Path | None 
     return page
 
 
-def _answer(
-    classifier: Classifier, cases: SignatureIndex | None, path: str | None, mpp: float | None, known: str | None
-):
+def _answer(classifier: Classifier, cases: SignatureIndex | None, path: str | None, mpp: str, known: str | None):
     """What the page shows; bad input is said in plain words."""
     import gradio as gr
 
@@ -100,6 +98,7 @@ def _answer(
                     f"{MOST_PIXELS / 1e6:.0f}. `magdg predict` takes larger ones."
                 )
             image = to_rgb(image)
+            image.load()  # while the file is open
         (row,) = classifier.iterate([Item(Path(path).name, path, scale)])
         if row["error"]:
             raise ValueError(row["error"])
@@ -117,9 +116,11 @@ def _answer(
     return shown, "\n\n".join(lines), *figures, _nearest(cases, path)
 
 
-def _scale(path: str, mpp: float | None, known: str | None) -> float:
+def _scale(path: str, mpp: str, known: str | None) -> float:
     """Micrometres per pixel as stated on the page, else in the file."""
-    stated = mpp if mpp is not None else SCALES.get(known) or read_mpp(path)
+    if mpp.strip():
+        return check_mpp(mpp)
+    stated = SCALES.get(known) or read_mpp(path)
     if stated is None:
         raise ValueError(
             "The scale is not known: the file does not state it. Give micrometres per pixel, or choose a magnification."
@@ -142,8 +143,8 @@ def _map_figure(classifier: Classifier, image: Image.Image, row: dict):
     figure, (left, right) = _figure(8, 4, 2)
     draw(left, view)
     draw(right, view, map_of_view(classifier, view))
-    left.set_title("middle of the image", fontsize=10)
-    right.set_title(f"orange: for {classifier.labels[POSITIVE]}, blue: against", fontsize=10)
+    left.set_title("the middle, as the network sees it", fontsize=10)
+    right.set_title(f"class-activation map: orange for {classifier.labels[POSITIVE]}, blue against", fontsize=10)
     return figure
 
 
@@ -154,7 +155,7 @@ def _charts_figure(classifier: Classifier, row: dict, curve: tuple[np.ndarray, n
     left.set(xscale="log", ylim=(0, 1), xlabel="micrometres per pixel", ylabel=f"P({classifier.labels[POSITIVE]})")
     left.set_xticks(curve[0], [f"{each:.2g}" for each in curve[0]], minor=False)
     left.set_xticks([], minor=True)
-    left.set_title("zoom curve", fontsize=10)
+    left.set_title("this image at other scales", fontsize=10)
     values = row["signature"] or []
     right.bar(range(len(values)), values, color=["#d95f0e" if value > 0 else "#2c7fb8" for value in values])
     right.axhline(0, color="0.5", lw=0.8)
@@ -183,6 +184,7 @@ def _examples(low: float, high: float) -> list[list]:
     rows = []
     for patient in (0, 1):
         image = Image.fromarray(render_field(patient, mpp, virtual_field(patient, 100, 0), (500, 400)))
-        image.save(folder / f"virtual tissue {patient}.png")
-        rows.append([str(folder / f"virtual tissue {patient}.png"), mpp])
+        path = folder / f"virtual {('benign', 'malignant')[virtual_patient(patient).label]}.png"
+        image.save(path)
+        rows.append([str(path), str(mpp)])
     return rows

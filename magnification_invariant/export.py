@@ -54,14 +54,14 @@ def export(
     classifier = Classifier.from_pretrained(repo_or_folder, device="cpu")
     if out is None and not Path(repo_or_folder).expanduser().is_dir():
         raise ValueError(f"{repo_or_folder} is a Hub repository: say with --out which folder to write to")
+    size = classifier.size
+    noise = np.random.default_rng(0).integers(0, 256, (3, 3, size, size), dtype=np.uint8)
+    tiles = noise if calibration is None else _tiles(classifier, calibration)
     out = classifier.folder if out is None else Path(out)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".export-") as folder:
         exact, small = Path(folder, "exact.onnx"), Path(folder, "small.onnx")
         _write(classifier, exact)
-        size = classifier.size
-        noise = np.random.default_rng(0).integers(0, 256, (3, 3, size, size), dtype=np.uint8)
-        tiles = noise if calibration is None else _tiles(classifier, calibration)
         logits = np.concatenate([classifier.run(part)[0] for part in _batches(tiles)])
         error = float(np.abs(_logits(exact, tiles) - logits).max() / np.abs(logits).max())
         if error > TOLERANCE:

@@ -1,5 +1,6 @@
 """The page: what it answers, what it says of bad input, and, in a headless Chromium, that people can use it."""
 
+import builtins
 import shutil
 from functools import partial
 
@@ -9,6 +10,7 @@ from PIL import Image
 
 from magnification_invariant import app
 from magnification_invariant.classifier import Classifier
+from magnification_invariant.cli import main
 from magnification_invariant.data.virtual_slides import render_field, virtual_field
 
 gr = pytest.importorskip("gradio")
@@ -46,7 +48,7 @@ def answer(classifier):
 
 
 def test_the_answer_is_the_classifiers(answer, classifier, files):
-    shown, note, map_figure, charts, similar = answer(str(files / "tissue.png"), 0.3, None)
+    shown, note, map_figure, charts, similar = answer(str(files / "tissue.png"), "0.3", None)
     (row,) = classifier.predict(files / "tissue.png", 0.3)
     assert shown == {"malignant": row["probability"], "benign": pytest.approx(1 - row["probability"])}
     assert "0.3 um/px" in note and "not recorded" in note and similar == []
@@ -57,14 +59,14 @@ def test_the_answer_is_the_classifiers(answer, classifier, files):
 
 
 def test_the_scale_comes_from_the_page_or_from_the_file(answer, files):
-    assert "0.3 um/px" in answer(str(files / "scaled.tif"), None, None)[1]
-    assert "0.5 um/px" in answer(str(files / "tissue.png"), None, "scanner, objective 20x")[1]
-    assert "**Careful:** 2 um/px is coarser" in answer(str(files / "tissue.png"), 2, None)[1]
+    assert "0.3 um/px" in answer(str(files / "scaled.tif"), "", None)[1]
+    assert "0.5 um/px" in answer(str(files / "tissue.png"), "", "scanner, objective 20x")[1]
+    assert "**Careful:** 2 um/px is coarser" in answer(str(files / "tissue.png"), "2", None)[1]
 
 
 @pytest.mark.parametrize("name", ["grey16.png", "cmyk.jpg", "alpha.png", "animated.webp"])
 def test_unusual_images_are_answered(answer, files, name):
-    shown, note, *_ = answer(str(files / name), 0.3, None)
+    shown, note, *_ = answer(str(files / name), "0.3", None)
     assert set(shown) == {"malignant", "benign"} and ("frames" in note) == (name == "animated.webp")
 
 
@@ -73,6 +75,7 @@ def test_unusual_images_are_answered(answer, files, name):
     [
         (None, 0.3, "Choose an image"),
         ("tissue.png", None, "scale is not known"),
+        ("tissue.png", "a lot", "a number like 0.25, not 'a lot'"),
         ("tissue.png", 0, "positive number"),
         ("tissue.png", -1, "positive number"),
         ("tissue.png", float("nan"), "positive number"),
@@ -86,13 +89,25 @@ def test_unusual_images_are_answered(answer, files, name):
 )
 def test_bad_input_is_said_in_plain_words(answer, files, name, mpp, message):
     with pytest.raises(gr.Error) as raised:
-        answer(name and str(files / name), mpp, None)
+        answer(name and str(files / name), "" if mpp is None else str(mpp), None)
     assert message in raised.value.message and "/" not in raised.value.message.replace("um/px", "")
 
 
 def test_a_model_that_is_not_there():
     with pytest.raises(OSError, match="neither a folder nor a Hub repository"):
         app.build("nobody/nothing")
+
+
+def test_what_to_install_is_said(tiny_model, monkeypatch, capsys):
+    monkeypatch.setattr(builtins, "__import__", partial(_without, builtins.__import__, "gradio"))
+    assert main(["app", str(tiny_model)]) == 2
+    assert "pip install 'magnification-invariant[app]'" in capsys.readouterr().err
+
+
+def _without(original, missing, name, *args, **kwargs):
+    if name == missing:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    return original(name, *args, **kwargs)
 
 
 # ------------------------------------------------------------------------------------------------------ in a browser
@@ -160,7 +175,7 @@ class User:
         self.upload(path)
         self.until(lambda: path.stem in self.find("#image")[0].text)
         if mpp is not None:
-            (number,) = self.find("#mpp input")
+            (number,) = self.find("#mpp input, #mpp textarea")
             number.clear()
             number.send_keys(str(mpp))
         self.find("#predict")[0].click()

@@ -76,6 +76,7 @@ def _run_openvino(path: Path):
     import openvino
 
     config = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
+    config["INFERENCE_PRECISION_HINT"] = "f32"  # else some CPUs compute in bfloat16, and probabilities differ
     compiled = openvino.compile_model(path, "CPU", config)
     return lambda tiles: list(compiled(tiles).values())
 

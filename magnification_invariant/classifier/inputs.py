@@ -29,13 +29,16 @@ class Item(NamedTuple):
     mpp: float | None
 
 
-def check_mpp(mpp: float) -> float:
-    """`mpp` if it can be micrometres per pixel.
+def check_mpp(mpp: float | str) -> float:
+    """`mpp` as a number, if it can be micrometres per pixel.
 
     Raises:
         ValueError: it is not a positive number, or so large that somebody meant a magnification.
     """
-    mpp = float(mpp)
+    try:
+        mpp = float(mpp)
+    except ValueError as error:
+        raise ValueError(f"micrometres per pixel must be a number like 0.25, not {mpp!r}") from error
     if not (math.isfinite(mpp) and mpp > 0):
         raise ValueError(f"micrometres per pixel must be a positive number, not {mpp:g}")
     if mpp > COARSEST:

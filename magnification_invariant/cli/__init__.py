@@ -36,6 +36,10 @@ COMMANDS = {
     "doctor": doctor,
 }
 
+# Of modules that come with an extra only: its name.
+EXTRAS = {"captum": "explain", "gradio": "app", "onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx"}
+EXTRAS |= {"openvino": "openvino"}
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run ``magdg``; returns the exit status."""
@@ -52,6 +56,11 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on where this one stopped", file=sys.stderr)
         return 130
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        print(f"magdg: error: {error}: pip install 'magnification-invariant[{EXTRAS[error.name]}]'", file=sys.stderr)
+        return 2
     except (ValueError, OSError) as error:  # bad input: the message says what, where and what to do
         print(f"magdg: error: {error}", file=sys.stderr)
         return 2
