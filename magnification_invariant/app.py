@@ -79,6 +79,7 @@ def build(repo_or_folder: str | Path | None = None, *, index: str | Path | None 
             [file, mpp, known],
             [answer, note, picture, charts, similar],
             api_name="predict",
+            show_progress_on=answer,
         )
     return page
 

@@ -318,10 +318,10 @@ class Classifier:
         """The same image at up to `n` scales (um/px), each with its pixels.
 
         From the finest that can be shown without inventing detail to the coarsest that the model knows and at which
-        the image still fills half of the network's input; one scale if there is no more.
+        the image still fills the network's input; one scale if there is no more.
         """
         low = max(check_mpp(mpp), self.mpp_range[0])
-        high = max(low, min(self.mpp_range[1], 2 * min(image.size) * mpp / self.size))
+        high = max(low, min(self.mpp_range[1], min(image.size) * mpp / self.size))
         scales = np.geomspace(low, high, n).tolist() if high > low * 1.01 else [low]
         return [(scale, _at(image, mpp, scale)) for scale in scales]
 

@@ -30,12 +30,13 @@ def run(args) -> int:
     if bool(args.paths) == bool(args.data):
         raise ValueError("give either PATHs or --data")
 
+    import torch
     from accelerate import PartialState
 
     from magnification_invariant.classifier import Classifier, items_of, predict_to_file
 
     items = items_of(load_data(args) if args.data else args.paths, args.mpp)
-    state = PartialState()
+    state = PartialState(cpu=not torch.accelerator.is_available())  # or it would start alone without one
     with state.main_process_first():  # one downloads, the others find it
         classifier = Classifier.from_pretrained(
             args.model, backend=args.backend, device=state.device, batch_size=args.batch_size

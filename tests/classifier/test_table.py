@@ -152,25 +152,19 @@ def test_a_folder_that_may_not_be_read(classifier, tmp_path):
         os.seteuid(0)
 
 
-def share(folder, pictures, out):
-    state = PartialState(cpu=True)
-    predict_to_file(
-        Classifier.from_pretrained(folder, device="cpu"),
-        items_of(pictures, 0.5),
-        out,
-        process=state.process_index,
-        processes=state.num_processes,
-        wait=state.wait_for_everyone,
-    )
-    (out.parent / f"process{state.process_index}").touch()
+def share(arguments, folder):
+    status = main(arguments)
+    (folder / f"process{PartialState().process_index}of{PartialState().num_processes}: {status}").touch()
 
 
 @pytest.mark.slow
 def test_two_processes_share_the_shards(classifier, tiny_model, pictures, tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
-    debug_launcher(share, (tiny_model, pictures, tmp_path / "two.parquet"), num_processes=2)
+    arguments = ["predict", str(pictures), "--model", str(tiny_model), "--mpp", "0.5"]
+    debug_launcher(share, ([*arguments, "--out", str(tmp_path / "two.parquet")], tmp_path), num_processes=2)
     AcceleratorState._reset_state(reset_partial_state=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["process0", "process1", "two.parquet"]
+    # the damaged file is reported by the first process
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["process0of2: 1", "process1of2: 0", "two.parquet"]
     predict_to_file(classifier, items_of(pictures, 0.5), tmp_path / "one.parquet")
     one, two = rows_of(tmp_path / "one.parquet"), rows_of(tmp_path / "two.parquet")
     assert [row["filename"] for row in one] == [row["filename"] for row in two]
