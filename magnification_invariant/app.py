@@ -145,7 +145,7 @@ def _map_figure(classifier: Classifier, image: Image.Image, row: dict):
     draw(left, view)
     draw(right, view, map_of_view(classifier, view))
     left.set_title("the middle, as the network sees it", fontsize=10)
-    right.set_title(f"class-activation map: orange for {classifier.labels[POSITIVE]}, blue against", fontsize=10)
+    right.set_title(f"class-activation map: orange for {classifier.labels[POSITIVE]}, purple against", fontsize=10)
     return figure
 
 

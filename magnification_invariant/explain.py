@@ -89,7 +89,7 @@ def middle(classifier, image: Image.Image, mpp: float) -> Image.Image:
 
 
 def draw(axis, picture: np.ndarray, heat: np.ndarray | None = None, bound: float | None = None) -> None:
-    """A picture, and over its paled grey copy a map: orange for the positive class, blue against it."""
+    """A picture, and over its paled grey copy a map: orange for the positive class, purple against it."""
     axis.set(xticks=[], yticks=[])
     if heat is None:
         axis.imshow(picture)
@@ -129,6 +129,7 @@ def page(classifier, image: Image.Image, mpp: float, path: str | Path, *, n: int
     lines["integrated gradients"] = gradients
     figure = Figure(figsize=(3.1 * len(rows), 9.6), layout="constrained")
     FigureCanvasAgg(figure)
+    figure.suptitle(f"orange: for {classifier.labels[POSITIVE]}; purple: against it", fontsize=10)
     axes = figure.subplots(3, len(rows), squeeze=False)
     for axis, row in zip(axes[0], rows, strict=True):
         axis.set_title(f"{row['mpp']:.3g} um/px\nP({classifier.labels[POSITIVE]}) = {row['probability']:.2f}")

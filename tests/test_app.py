@@ -93,6 +93,17 @@ def test_bad_input_is_said_in_plain_words(answer, files, name, mpp, message):
     assert message in raised.value.message and "/" not in raised.value.message.replace("um/px", "")
 
 
+def test_the_most_similar_cases(classifier, tiny_model, breakhis_tree, tmp_path):
+    from magnification_invariant.data import load_breakhis
+    from magnification_invariant.search import SignatureIndex, SignedModel, build_index
+
+    ds = load_breakhis(breakhis_tree)
+    build_index(SignedModel(str(tiny_model)), ds, tmp_path)
+    image = ds[0]["image"].filename
+    similar = app._answer(classifier, SignatureIndex.load(tmp_path), image, "0.7", None)[-1]
+    assert len(similar) == 5 and all(isinstance(picture, Image.Image) for picture, _ in similar)
+
+
 def test_a_model_that_is_not_there():
     with pytest.raises(OSError, match="neither a folder nor a Hub repository"):
         app.build("nobody/nothing")

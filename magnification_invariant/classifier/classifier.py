@@ -339,17 +339,17 @@ class Classifier:
 
     def reliability(self, probability: float) -> str:
         """What became of images that were given about this probability, in a sentence; by the model's own records."""
-        if self.config.get("trained_on") == "virtual":
-            return "Trained on virtual slides: it says nothing about patients."
+        virtual = " Trained on virtual slides: it says nothing about patients."
+        note = virtual if self.config.get("trained_on") == "virtual" else ""
         if not (self.folder / "predictions.parquet").is_file():
-            return "How far its probabilities can be trusted is not recorded with this model."
+            return f"How far its probabilities can be trusted is not recorded with this model.{note}"
         test = part_of(last_epoch(self.folder), "test", self.temperature)
         weight = metrics.patient_weights(test["patient"])
         curve = metrics.reliability_curve(test["label"], test["probability"], weight, n_bins=8)
         i = int(np.abs(curve.predicted - probability).argmin())
         return (
             f"Of test images that were given about {curve.predicted[i]:.2f}, {curve.observed[i]:.0%} were "
-            f"{self.labels[POSITIVE]} (by some {curve.rows[i]:.0f} images)."
+            f"{self.labels[POSITIVE]} (by some {curve.rows[i]:.0f} images).{note}"
         )
 
     def __repr__(self) -> str:
