@@ -185,14 +185,14 @@ def virtual_like(real, args):
 def compare(real, virtual, args) -> str:
     """A table a magnification: mean over patients, and how many of the real patients' standard deviations lie between.
 
-    Where two real patients at least have the measure.
+    Where two real patients at least have the measure, and differ in it.
     """
     ours, theirs = measured(virtual, args), measured(real, args)
     blocks = []
     for magnification in MAGNIFICATIONS:
         rows = []
         for (m, name), by_patient in theirs.items():
-            if m == magnification and len(by_patient) > 1 and (m, name) in ours:
+            if m == magnification and len(by_patient) > 1 and (m, name) in ours and np.ptp(list(by_patient.values())):
                 a, b = list(by_patient.values()), list(ours[m, name].values())
                 gap = (np.mean(b) - np.mean(a)) / np.std(a, ddof=1)
                 rows.append((name, np.mean(a), np.std(a, ddof=1), np.mean(b), np.std(b, ddof=1), gap))
@@ -253,7 +253,7 @@ def run_comparison(args) -> None:
     histograms(real, virtual, args, args.output / "stains.png")
     text = (
         f"# Virtual slides (version {GENERATOR_VERSION}) and real tissue\n\n"
-        f"`{' '.join(['python', *sys.argv])}`\n\n"
+        f"`{' '.join(['python benchmarks/real_tissue.py', *sys.argv[1:]])}`\n\n"
         "Real: the half *look* of a part of BreaKHis, most of it re-encoded as JPEG of 500x328 pixels; the virtual "
         "images went the same way. Means over patients. Nuclei are found by a threshold on haematoxylin, the same "
         "for both: the figures compare, they do not count. Montages stay outside the repository.\n\n"
@@ -330,7 +330,11 @@ def run_score(args) -> None:
         "what": what,
         "generator_version": generator.GENERATOR_VERSION,
         "generator_sha256": hashlib.sha256(Path(generator.__file__).read_bytes()).hexdigest()[:16],
-        "arguments": {name: str(value) for name, value in vars(args).items() if name not in ("data", "output")},
+        "arguments": {
+            name: str(value) for name, value in vars(args).items() if name not in ("data", "output", "weights")
+        },
+        "weights_sha256": args.weights
+        and hashlib.sha256((args.weights / "model.safetensors").read_bytes()).hexdigest(),
         "images": len(ds),
         "patients": [len(set(patient[label == c])) for c in (0, 1)],
         "auc": float(auc(label, score)),
