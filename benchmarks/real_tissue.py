@@ -30,7 +30,7 @@ HERE = Path(__file__).parent
 HALVES = HERE / "breakhis_mini_halves.json"
 SCORES = HERE / "results" / "real_tissue_scores.json"
 MAGNIFICATIONS = (40, 100, 200, 400)
-LOCKED_SCORES = 2  # of a final generator, of released weights
+TRAINED_WITH = ("patients", "training_images", "first_patient", "width", "arch", "image_size", "epochs", "seed")
 NUCLEAR_MPP = 0.5  # nuclei are segmented at this scale, whatever the magnification
 PERIODS = (64, 32, 16, 8, 4, 2, 1, 0.5)  # um, borders of the spectrum's octaves
 
@@ -313,6 +313,7 @@ def run_score(args) -> None:
     torch.set_num_threads(args.threads)
     before = json.loads(SCORES.read_text()) if SCORES.exists() else []
     what = "weights" if args.weights else "generator"
+    weights = args.weights and hashlib.sha256((args.weights / "model.safetensors").read_bytes()).hexdigest()
     same = [entry for entry in before if entry["half"] == args.score]
     if args.score == "locked" and not args.dry and any(entry["what"] == what for entry in same):
         raise SystemExit(f"the half locked has been scored for {what}, and is so once")
@@ -330,11 +331,8 @@ def run_score(args) -> None:
         "what": what,
         "generator_version": generator.GENERATOR_VERSION,
         "generator_sha256": hashlib.sha256(Path(generator.__file__).read_bytes()).hexdigest()[:16],
-        "arguments": {
-            name: str(value) for name, value in vars(args).items() if name not in ("data", "output", "weights")
-        },
-        "weights_sha256": args.weights
-        and hashlib.sha256((args.weights / "model.safetensors").read_bytes()).hexdigest(),
+        "arguments": {name: str(vars(args)[name]) for name in TRAINED_WITH},
+        "weights_sha256": weights,
         "images": len(ds),
         "patients": [len(set(patient[label == c])) for c in (0, 1)],
         "auc": float(auc(label, score)),
