@@ -519,7 +519,14 @@ def _create_task(cell: Cell, ds, num_domains: int, tested: set[str]) -> tuple[Ta
         has = f"its options are {', '.join(sorted(own))}" if own else "it has none"
         raise ValueError(f"{cell.method} has no option {', '.join(sorted(unknown))}: {has}")
     options = {name: getattr(cell, name) for name in method.options if name not in own} | cell.options
-    return method(model, **options), start | {"initial_sha256": weights_digest(model)}
+    try:
+        task = method(model, **options)
+    except TypeError as error:
+        if not cell.options:
+            raise
+        given = ", ".join(f"{name}={value!r}" for name, value in cell.options.items())
+        raise ValueError(f"{cell.method} does not take the options {given}: {error}") from error
+    return task, start | {"initial_sha256": weights_digest(model)}
 
 
 def _config(cell: Cell, ds) -> dict:

@@ -18,7 +18,6 @@ from magnification_invariant.metrics import select_epoch
 from magnification_invariant.tasks import TASKS, MagGAN
 
 CELL = Cell("erm", 200, n_folds=4, model="test_magdg_resnet", epochs=3, image_size=32, batch_size=8, gan_epochs=1)
-FAST = ("erm", "dann", "gan")
 FILES = ("metrics.jsonl", "prepare.jsonl", "gan_samples.png", "model/model.safetensors", "model/signature.safetensors")
 
 pytestmark = pytest.mark.filterwarnings("ignore:timm has no weights")  # of the tiny model
@@ -58,7 +57,7 @@ def contents(folder):
     }
 
 
-@pytest.mark.parametrize("method", [m if m in FAST else pytest.param(m, marks=pytest.mark.slow) for m in TASKS])
+@pytest.mark.parametrize("method", TASKS)
 def test_nothing_of_the_test_reaches_the_model(ds, tmp_path, method, monkeypatch):
     monkeypatch.setattr(MagGAN, "size", 16)
     monkeypatch.setattr(MagGAN, "width", 4)
