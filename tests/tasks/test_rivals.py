@@ -293,3 +293,17 @@ def test_learns_the_classes(data, method):
     logits, embedding = predict(model, cache, rows.index[36:], 32, embedding="penultimate")
     assert metrics.auc(rows.target[36:], logits[:, 1] - logits[:, 0]) > 0.9
     assert embedding.shape == (12, 96)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", RIVALS)
+def test_compilation_makes_one_graph(data, method, monkeypatch):
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    counter, compile = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compile(function, backend=counter, fullgraph=True))
+    compiled = fit(make(method), *data, replace(CONFIG, compile=True))
+    assert counter.frame_count == 1
+    eager = fit(make(method), *data, CONFIG)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(compiled.parameters(), eager.parameters(), strict=True))
