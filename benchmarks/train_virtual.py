@@ -1,4 +1,4 @@
-"""Train the weights that come with the package, `magdg_resnet18.virtual`, on virtual slides alone; test them, card them.
+"""Train the weights that come with the package, `magdg_resnet18.virtual`, on virtual slides alone; test and card them.
 
     python benchmarks/train_virtual.py                                # what is shipped; resumes where it was cut off
     python benchmarks/train_virtual.py --cards-only                   # render the card anew, from the records

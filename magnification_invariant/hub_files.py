@@ -177,9 +177,11 @@ def upload(
                 commit_message=message or f"Upload {folder.name}",
                 parent_commit=before.sha,  # what the decision was made on: refused if that is no longer the head
             )
-    except (OSError, httpx.HTTPError) as error:
+    except (OSError, httpx.HTTPError, RuntimeError) as error:
+        cause = error.__cause__ if isinstance(error, RuntimeError) else ""  # of a file's transfer
+        why = " ".join(f"{error} {cause}".split())
         raise OSError(
-            f"{folder} could not be uploaded to the {repo_type} repository {repo}: {' '.join(str(error).split())} "
+            f"{folder} could not be uploaded to the {repo_type} repository {repo}: {why} "
             "Nothing was committed by halves; the same command goes on once the cause is gone."
         ) from error
     return "" if commit.oid == before.sha else commit.pr_url or commit.commit_url

@@ -174,6 +174,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _send(self, answer: _Answer) -> None:
         is_json = not isinstance(answer.body, bytes)
         body = json.dumps(answer.body).encode() if is_json else answer.body
+        if self.fault == "drop" and not body:
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+            return
         self.send_response(answer.status)
         self.send_header("Content-Type", "application/json" if is_json else "application/octet-stream")
         self.send_header("Content-Length", answer.headers.pop("Content-Length", str(len(body))))

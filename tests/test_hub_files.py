@@ -24,7 +24,7 @@ def test_models(hub, tmp_path):
     (folder / "README.md").write_text("---\nlibrary_name: timm\n---\n# A model\n")
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(bytes(range(256)) * 100)
-    (folder / "more" / "empty.bin").write_bytes(b"")
+    (folder / "more" / "empty.json").write_bytes(b"")
     (folder / ".cache").write_text("hidden")
     hub.create("other/model", private=True)
     hub.create("me/data", {"data/old.parquet": b"1", "data/notes.txt": b"2"}, repo_type="dataset")
@@ -36,7 +36,7 @@ print("URL", upload("model", "me/made", private=True, message="first"))
 upload("model", "me/made", revision="try", message="on a branch")
 Path("model/config.json").write_text('{"changed": true}')
 print("PR", upload("model", "me/made", create_pr=True))
-assert upload("model", "me/made", revision="try") and not upload("model", "me/made", revision="try")  # nothing new
+assert upload("model", "me/made", revision="b") and not upload("model", "me/made", revision="b")  # nothing new
 Path("model/config.json").write_text("{}")
 for at in ("me/made", "hf-hub:me/made", "me/made@try"):
     for path in Path("model").rglob("[!.]*"):
@@ -68,7 +68,7 @@ for token in ("hf_read", "hf_unknown"):
         "README.md",
         "config.json",
         "model.safetensors",
-        "more/empty.bin",
+        "more/empty.json",
     }
     assert hub.repos["model", "me/made"].private
     assert hub.commits("me/made")[:2] == ["initial commit", "first"]  # one commit, however many files
@@ -228,12 +228,12 @@ def test_weights_that_can_run_code_are_refused(hub, tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "exploded"),)
 
-    bomb = pickle.dumps({"fc.weight": Bomb()})
+    bomb = pickle.dumps({"fc.weight": Bomb()}, protocol=2)  # as torch writes
     config = {"architecture": "test_resnet", "num_classes": 2, "pretrained_cfg": {}}
     files = {"pytorch_model.bin": bomb, "config.json": json.dumps(config).encode()}
     hub.create("me/magerm_resnet18.breakhis", files)
     code = """
-import pickle, timm
+import timm
 from magnification_invariant.hub import fetch
 from magnification_invariant.hub_files import resolve, snapshot
 
@@ -244,7 +244,8 @@ refused(fetch, f"me/{name}", "pulled")
 assert not (snapshot(f"me/{name}") / "pytorch_model.bin").exists() and not Path("pulled").exists()
 try:
     timm.create_model(f"hf-hub:me/{name}", pretrained=True)
-except pickle.UnpicklingError:
+except RuntimeError as error:
+    assert "weights_only=True" in str(error)
     print("timm refuses it too")
 """
     printed = run_client(hub, tmp_path, code, MAGDG_HUB_NAMESPACE="me")

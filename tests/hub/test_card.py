@@ -99,26 +99,38 @@ def blocks(text: str) -> list[str]:
 
 @pytest.mark.slow
 def test_the_code_in_cards_and_readme_runs(tiny_run, breakhis_tree, tmp_path):
-    """As a reader would run it, one block after the other; the README's run and its data are smaller ones."""
+    """As a reader would run it, one block after the other; README's run and its slides are smaller ones here."""
     client = tmp_path / "client"
-    (client / "runs").mkdir(parents=True)
-    (client / "runs" / "dann-lomo200-fold0-seed0").symlink_to(tiny_run)
+    run = shutil.copytree(tiny_run, client / "runs" / "dann-lomo200-fold0-seed0")
     (client / "path" / "to").mkdir(parents=True)
     (client / "path" / "to" / "BreaKHis_v1").symlink_to(breakhis_tree / "BreaKHis_v1")
-    shutil.copy(tiny_run / "model" / "fixture.png", client / "field.png")
-    readme = (ROOT / "README.md").read_text().replace("n_patients=40", "n_patients=10, images_per_magnification=1")
-    (client / "blocks.json").write_text(json.dumps(blocks(readme)))
-    code = f"""
+    for name in ("field.png", "image.png"):
+        shutil.copy(run / "model" / "fixture.png", client / name)
+    readme = (ROOT / "README.md").read_text().replace("load_virtual_slides(30,", "load_virtual_slides(6,")
+    readme = readme.replace("n_patients=40", "n_patients=10, images_per_magnification=1, size=(70, 46)")
+    (client / "readme.json").write_text(json.dumps(blocks(readme)))
+    code = """
 import re
+import numpy as np
 from magnification_invariant.cli import main
-
-assert main(["push", {str(tiny_run)!r}, "me/model"]) == 0
 from magnification_invariant.hub_files import resolve
-found = re.findall(r"^```python\\n(.*?)^```", resolve("me/model", "README.md").read_text(), re.M | re.S)
-assert len(found) >= 3
-space = {{}}
-for block in [*found, *json.loads(Path("blocks.json").read_text())]:
-    print(block)
+from magnification_invariant.signatures import SignatureProjector, SparseSignature
+
+# What the reader of the section on signatures has at hand: embeddings with a class, of patients.
+patients = np.repeat([f"p{i}" for i in range(40)], 5)
+y = np.repeat(np.arange(40) % 2, 5)
+X = np.random.default_rng(0).normal(size=(200, 96)) + y[:, None] * (np.arange(96) < 5)
+known = {"class_names": ["benign", "malignant"], "embedding": "penultimate", "source": "mine"}
+run = "runs/dann-lomo200-fold0-seed0"
+signature = SparseSignature().fit(X, y, groups=patients)
+SignatureProjector.from_signature(signature, **known).save_pretrained(run + "/model")
+
+assert main(["push", run, "me/model"]) == 0
+card = re.findall(r"^```python\\n(.*?)^```", resolve("me/model", "README.md").read_text(), re.M | re.S)
+assert len(card) >= 3
+space = {"X": X, "y": y, "patients": patients, "embeddings": X}
+for block in [*card, *json.loads(Path("readme.json").read_text())]:
+    print(block, flush=True)
     exec(block, space)
 """
     with HubServer() as hub:

@@ -1,6 +1,7 @@
 """The models: their gradients, their randomness, what they load and refuse, and timm's habits."""
 
 import copy
+import json
 import logging
 import os
 import pickle
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from magnification_invariant.models import HUB_NAMESPACE, MagDGResNet, embed, plain_architecture
+from magnification_invariant.models import HUB_NAMESPACE, MagDGResNet, embed, magdg, plain_architecture
 
 MODELS = timm.list_models(module="magdg")
 TINY = "test_magdg_resnet"
@@ -344,18 +345,51 @@ def test_load_hook_works_inside_other_modules_and_on_copies(full, plain):
 def test_tags_name_our_weights_and_nothing_else():
     tags = ["breakhis", "breakhis_lomo40", "breakhis_lomo100", "breakhis_lomo200", "breakhis_lomo400"]
     for arch in ("magdg_resnet18", "magerm_resnet18", "maggan_resnet18"):
-        assert timm.list_models(f"{arch}*", include_tags=True) == [f"{arch}.{tag}" for tag in tags]
+        packaged = [folder.name for folder in magdg.PACKAGED.glob(f"{arch}.*")]
+        names = sorted(timm.list_models(f"{arch}*", include_tags=True))
+        assert names == sorted([*packaged, *(f"{arch}.{tag}" for tag in tags)])
         for tag in tags:
             cfg = timm.get_pretrained_cfg(f"{arch}.{tag}")
             assert cfg.hf_hub_id == f"{HUB_NAMESPACE}/{arch}.{tag}"
             assert not cfg.url
             assert not cfg.file
             assert (cfg.num_classes, cfg.label_names) == (2, ("benign", "malignant"))
-        assert timm.get_pretrained_cfg(arch).tag == "breakhis"
+        assert timm.get_pretrained_cfg(arch).tag == ("virtual" if packaged else "breakhis")
     with pytest.raises(RuntimeError, match="Invalid pretrained tag"):
         timm.create_model("magdg_resnet18.a1_in1k")
     with pytest.raises(RuntimeError, match="No pretrained weights exist"):
         timm.create_model(TINY, pretrained=True)
+
+
+@pytest.mark.parametrize("name", ["magerm_resnet18", "maggan_resnet18", "magdg_resnet18.breakhis_lomo40"])
+def test_weights_that_are_not_published_are_an_error_with_the_ways_on(name):
+    with pytest.raises(FileNotFoundError) as raised:
+        timm.create_model(name, pretrained=True)
+    weights = name if "." in name else f"{name}.breakhis"
+    for said in (f"{HUB_NAMESPACE}/{weights}", "HF_HUB_OFFLINE", "magdg push", "MAGDG_HUB_NAMESPACE", "local folder"):
+        assert said in str(raised.value)
+
+
+def test_packaged_weights_load_and_say_what_they_are(plain, tmp_path, monkeypatch, caplog):
+    folder = tmp_path / f"{TINY}.virtual"
+    folder.mkdir()
+    half = {name: value.half() if value.dim() > 1 else value for name, value in plain.items()}
+    safetensors.torch.save_file(half, folder / "model.safetensors")
+    about = {"tag": "virtual", "num_classes": 2, "input_size": [3, 64, 96], "first_conv": "conv1.0", "crop_pct": 0.5}
+    (folder / "config.json").write_text(json.dumps({"pretrained_cfg": about}))
+    monkeypatch.setattr(magdg, "PACKAGED", tmp_path)
+    cfg = magdg._packaged_cfgs()[folder.name]
+    model = timm.create_model(TINY, pretrained=True, pretrained_cfg=cfg | {"tag": "virtual"})
+    assert [r.levelname for r in caplog.records].count("WARNING") == 1
+    assert (
+        f"{TINY}.virtual was trained on virtual slides" in caplog.text and "say nothing about a patient" in caplog.text
+    )
+    for name, value in plain.items():
+        loaded = model.state_dict()[name]
+        assert loaded.dtype == value.dtype and torch.equal(loaded, half[name].to(value.dtype))
+    config = timm.data.resolve_model_data_config(model)
+    assert config["input_size"] == (3, 64, 96) and config["crop_pct"] == 0.5
+    assert model.pretrained_cfg["pool_size"] == (2, 3)
 
 
 @pytest.mark.parametrize("name", MODELS)
