@@ -7,7 +7,8 @@ All four magnifications are trained on, by the frozen recipe of the method. Trai
 numbers below 10,000 (development); the test is on patients from 10,000 on (confirmation), at each magnification. The
 run is a cell as `magdg lomo` makes them, with nothing held out; what follows from it is written to
 
-- `magnification_invariant/weights/magdg_resnet18.virtual`: the model's repository, matrices in float16;
+- `magnification_invariant/weights/magdg_resnet18.virtual`: the model's repository, matrices rounded to float16 (the
+  results are those before rounding; by how much it changes the fixture's logits is printed);
 - `hub_cards/magdg_resnet18.virtual`: card, pictures and records, to be looked at.
 """
 
