@@ -99,7 +99,7 @@ def package(run: Path, weights: Path, cards: Path) -> Path:
     (cards / name).mkdir(parents=True)
     for file in (*SHOWN, "signature.json"):
         if (weights / name / file).exists():
-            shutil.copy(weights / name / file, cards / name)
+            shutil.copyfile(weights / name / file, cards / name / file)
     return weights / name
 
 

@@ -58,7 +58,7 @@ def stage(source: Path, repo: str, target: Path) -> Path:
     target.mkdir(parents=True)
     for file in (*FILES, *SIGNATURE):
         if (model / file).is_file():
-            shutil.copy(model / file, target)
+            shutil.copyfile(model / file, target / file)  # with the rights of a new file
     if model != source:
         results = json.loads((source / "results.json").read_text())
         results["record"] = json.loads((source / "config.json").read_text())
@@ -149,6 +149,6 @@ def fetch(repo: str, folder: Path) -> list[str]:
     unfinished.mkdir(parents=True)
     for pattern in hub_files.SAFE_FILES:
         for file in there.glob(pattern):
-            shutil.copy(file, unfinished)
+            shutil.copyfile(file, unfinished / file.name)
     unfinished.rename(folder)
     return sorted(file.name for file in folder.iterdir())
