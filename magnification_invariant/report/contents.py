@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow.parquet as pq
 import safetensors.numpy
 
 from magnification_invariant import metrics
@@ -61,6 +62,7 @@ def sections(folders: Iterable[Path], pairs: list[tuple[str, str]] | None = None
             ("Paired differences", _differences(compared)),
             ("ROC curves", [Picture.drawn("roc", "ROC curves by held-out magnification.", pictures.roc, runs)]),
             ("Calibration", _calibration(networks)),
+            ("Which epoch counts", _selection(networks)),
             ("Other metrics", _other_metrics(groups)),
             ("What embeddings tell of the acquisition", _invariance(networks)),
             ("Signatures", _signatures(networks)),
@@ -218,13 +220,16 @@ def _differences(compared: list[Comparison]) -> list:
         ]
         for i, each in enumerate(compared)
     ]
-    lines = [(each.text, *each.found[:3]) for each in compared]
-    caption = "Differences with 95 % intervals over patients. Brier: below 0 favours the first; AUC, F1: above 0."
+    drawn = []
+    for name, chosen, better in (("brier", ("brier",), "below"), ("auc_f1", ("auc", "f1"), "above")):
+        caption = f"Differences with 95 % intervals over patients; {better} 0 favours the first."
+        lines = [(each.text, *each.found[:3]) for each in compared if each.metric in chosen]
+        drawn.append(Picture.drawn(f"forest_{name}", caption, pictures.forest, lines, "difference"))
     return [
         "p-values come from swapping all of a patient's predictions, in all runs, between the methods (2,000 draws). "
         f"The {len(compared) - 1} secondary tests are one family, adjusted by Holm's method.",
         Table(["", "difference", "estimate", "95 % interval", "p", "p adjusted"], rows),
-        Picture.drawn("forest", caption, pictures.forest, lines, "difference"),
+        *drawn,
     ]
 
 
@@ -261,6 +266,22 @@ def _calibration(networks: dict[str, list[Run]]) -> list:
         " on the same rows: noise inflates them. Means over runs.",
         Table(head, rows),
         *([Picture.drawn("reliability", caption, pictures.reliability, folders)] if folders else []),
+    ]
+
+
+def _selection(networks: dict[str, list[Run]]) -> list:
+    rows = []
+    for title, runs in networks.items():
+        found = [metrics.selected_scores(pq.read_table(run.folder / "predictions.parquet")) for run in runs]
+        for rule in metrics.SELECTION_RULES:
+            means = [np.mean([each[rule][name] for each in found]) for name in ("epoch", "auc", "brier")]
+            name = {"last": "last epoch (primary)", "oracle": "oracle: best AUC of the test itself"}.get(rule, rule)
+            rows.append([title + _marks(runs), name, f"{means[0]:.1f}", f"{means[1]:.3f}", f"{means[2]:.4f}"])
+    return [
+        "All results are the last epoch's: the same number of steps for every method. Other rules over the same runs "
+        "(sensitivity): the best log-loss or AUC of validation patients at the training magnifications. The oracle "
+        "looks at the test and is never a result. Patient-balanced, temperature-scaled, means over runs.",
+        Table(["method", "rule", "mean epoch", "AUC", "Brier"], rows),
     ]
 
 

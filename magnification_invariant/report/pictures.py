@@ -95,6 +95,29 @@ def forest(lines: list[tuple[str, float, float, float]], xlabel: str, path) -> N
     figure.savefig(path, dpi=100)
 
 
+def reliability_of(label: np.ndarray, kinds: dict[str, np.ndarray], weight: np.ndarray, path) -> None:
+    """Reliability of several probabilities (n,) of the same rows, by name; bins of equal mass."""
+    figure, (axis,) = _figure(1, 5.5, 5.0)
+    axis.plot([0, 1], [0, 1], color="0.7", lw=1)
+    for name, p in kinds.items():
+        curve = metrics.reliability_curve(label, p, sample_weight=weight, n_bins=8)
+        axis.plot(curve.predicted, curve.observed, "o-", ms=4, label=name)
+    axis.set(xlabel="predicted probability of malignant", ylabel="observed share", aspect="equal")
+    axis.legend(loc="upper left", fontsize=8)
+    figure.savefig(path, dpi=100)
+
+
+def lines(curves: dict[str, tuple[np.ndarray, np.ndarray]], xlabel: str, ylabel: str, path) -> None:
+    """Curves (x, y) by name."""
+    figure, (axis,) = _figure(1, 6.0, 4.0)
+    for name, (x, y) in curves.items():
+        axis.plot(x, y, label=name)
+    axis.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
+    if any(curves):
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+
+
 def embedding_map(folder: Path, path) -> None:
     """First two principal components of the test patients' embeddings, by class and by magnification.
 

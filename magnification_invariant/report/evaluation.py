@@ -1,0 +1,239 @@
+"""What anyone's predictions are worth: intervals, calibration, types, worst patients, threshold, abstention."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from magnification_invariant import metrics
+from magnification_invariant.data.splits import domain_name
+from magnification_invariant.metrics.intervals import FEWEST_PATIENTS
+from magnification_invariant.report.page import Picture, Section, Table
+from magnification_invariant.report.pictures import lines, reliability_of
+
+TEXTS = ("filename", "label", "patient", "part", "subtype", "domain", "magnification")
+COVERAGES = (1.0, 0.9, 0.8, 0.7, 0.5)
+
+
+def read_predictions(path: Path) -> dict[str, np.ndarray]:
+    """Columns of a table of predictions, of its last epoch if it has several.
+
+    Needed are ``label`` (0, 1), ``patient``, and ``logits`` (two a row) or ``probability`` (of class 1). Used where
+    there: ``part`` ("val" chooses threshold and temperature), ``subtype``, ``domain`` or ``magnification``.
+
+    Raises:
+        ValueError: a column is missing, has gaps or rows of another length; no rows.
+        OSError: no such file, or no Parquet.
+    """
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise OSError(f"{path} is not a Parquet file of predictions: {error}") from error
+    if "epoch" in table.column_names and len(table):
+        table = table.filter(pc.equal(table["epoch"], pc.max(table["epoch"])))
+    columns = {}
+    for name in set(table.column_names) & {"logits", "probability", *TEXTS}:
+        if table[name].null_count:
+            raise ValueError(f"{path}: column {name!r} has no value in {table[name].null_count} of {len(table)} rows")
+        columns[name] = np.array(table[name].to_pylist())
+    return columns
+
+
+def checked(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The columns with ``logits``, ``probability``, ``domain`` and ``part``, whatever of them was given.
+
+    Raises:
+        ValueError: see `read_predictions`; labels other than 0 and 1, numbers that are none.
+    """
+    missing = [name for name in ("label", "patient") if name not in columns]
+    missing += ["probability, or logits"] * (not columns.keys() & {"probability", "logits"})
+    if missing:
+        raise ValueError(f"the predictions lack {', '.join(missing)}; they have {', '.join(sorted(columns))}")
+    n = len(columns["label"])
+    if not n:
+        raise ValueError("the predictions have no rows")
+    found = {"part": np.full(n, "test"), **columns}
+    if "logits" in columns:
+        if columns["logits"].ndim != 2 or columns["logits"].shape[1] != 2:
+            raise ValueError(f"logits must be two a row, benign and malignant, not of shape {columns['logits'].shape}")
+        found["probability"] = metrics.apply_temperature(columns["logits"], 1.0)[:, 1]
+    metrics.brier(found["label"], found["probability"])  # raises what is wrong with the two
+    if "logits" not in columns:
+        p = np.clip(found["probability"].astype(float), 1e-12, 1 - 1e-12)
+        found["logits"] = np.stack([np.zeros(n), np.log(p / (1 - p))], 1)
+    if "domain" not in found and "magnification" in found:
+        found["domain"] = found["magnification"]
+    return found
+
+
+def sections(
+    columns: dict[str, np.ndarray],
+    part: str = "test",
+    *,
+    sensitivity: float = 0.95,
+    temperature: float | None = None,
+) -> list[Section]:
+    """The evaluation of predictions.
+
+    Args:
+        columns: see `read_predictions`.
+        part: that is evaluated; "val", where there, chooses threshold and temperature and is not evaluated.
+        sensitivity: wanted of the threshold.
+        temperature: that the predictions come with; by default fitted on "val", if there is one.
+
+    Raises:
+        ValueError: see `checked`; `part` has no rows; a sensitivity outside (0, 1].
+    """
+    columns = checked(columns)
+    if not 0 < sensitivity <= 1:
+        raise ValueError(f"sensitivity must lie in (0, 1], not {sensitivity}")
+    parts = sorted(set(columns["part"]))
+    if part not in parts:
+        raise ValueError(f"the predictions have no part {part!r}, but {', '.join(parts)}")
+    test, val = ({name: c[columns["part"] == which] for name, c in columns.items()} for which in (part, "val"))
+    classes = np.unique(test["label"])
+    if len(classes) < 2:
+        warnings.warn(f"all rows have label {classes[0]}: AUC and balanced accuracy do not exist", stacklevel=2)
+    if set(test["patient"]) & set(val["patient"]):
+        warnings.warn("patients of the validation part are tested: threshold and temperature saw them", stacklevel=2)
+    source = "given with the predictions"
+    if temperature is None:
+        temperature, source = 1.0, "none: there are no validation rows"
+        if len(val["label"]) and part != "val":
+            weight = metrics.patient_weights(val["patient"])
+            temperature = metrics.fit_temperature(val["logits"], val["label"], sample_weight=weight)
+            source = "fitted on the validation patients"
+    for rows in (test, val):
+        rows["raw"] = rows["probability"]
+        if len(rows["label"]):
+            rows["probability"] = metrics.apply_temperature(rows["logits"], temperature)[:, 1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # too few patients for an interval: the table says it
+        found = [
+            ("Metrics", _metrics(test)),
+            ("Calibration", _calibration(test, temperature, source)),
+            ("Threshold", _threshold(test, val if part != "val" else {"label": []}, sensitivity)),
+            ("Abstention", _abstention(test)),
+            ("Worst patients", _worst_patients(test)),
+        ]
+        for name in ("subtype", "domain"):
+            if name in test:
+                found.insert(-1, (f"By {name}", _by(test, name)))
+    return found
+
+
+def _metrics(test: dict) -> list:
+    rows = []
+    for name, metric in metrics.METRICS.items():
+        found = metrics.cluster_interval(name, test["label"], test["probability"], test["patient"])
+        interval = "-" if np.isnan(found.low) else f"[{found.low:.3f}, {found.high:.3f}]"
+        by_image = metric(test["label"], test["probability"])
+        rows.append([name.replace("_", " "), f"{found.value:.4f}", interval, f"{by_image:.4f}"])
+    n, benign, malignant = len(test["label"]), *(len(set(test["patient"][test["label"] == c])) for c in (0, 1))
+    return [
+        f"{n:,} images; {benign} patients with benign and {malignant} with malignant images. Patient-balanced: every "
+        f"patient weighs the same; 95 % intervals over patients, none with fewer than {FEWEST_PATIENTS} of a class. "
+        "nan: the rows do not define it.",
+        Table(["metric", "patient-balanced", "95 % interval", "by image"], rows),
+    ]
+
+
+def _calibration(test: dict, temperature: float, source: str) -> list:
+    label, weight = test["label"], metrics.patient_weights(test["patient"])
+    oracle = metrics.fit_temperature(test["logits"], label, sample_weight=weight)
+    kinds = {
+        "as given, T=1": test["raw"],
+        f"T={temperature:.2f}": test["probability"],
+        f"oracle: T={oracle:.2f}, fitted on these very rows": metrics.apply_temperature(test["logits"], oracle)[:, 1],
+    }
+    names = ("brier", "log_loss", "expected_calibration_error", "debiased_calibration_error")
+    names += ("smooth_calibration_error",)
+    rows = []
+    for kind, p in kinds.items():
+        parts = metrics.corp_decomposition(label, p, weight)
+        values = [metrics.METRICS[name](label, p, weight) for name in names]
+        rows.append([kind, *(f"{v:.4f}" for v in (*values, parts.miscalibration, parts.discrimination))])
+    head = ["", *(name.replace("_", " ") for name in names), "miscalibration", "discrimination"]
+    return [
+        f"Temperature {temperature:.3f}: {source}. The oracle's shows what a temperature could give, and is no result. "
+        "Brier = miscalibration - discrimination + uncertainty (CORP).",
+        Table(head, rows),
+        Picture.drawn("reliability", "Reliability, bins of equal mass.", reliability_of, label, kinds, weight),
+    ]
+
+
+def _at(rows: dict, threshold: float) -> tuple[float, float]:
+    """Patient-balanced sensitivity and specificity; NaN without the class."""
+    weight, called = metrics.patient_weights(rows["patient"]), rows["probability"] >= threshold
+    malignant = rows["label"] == 1
+    groups = (malignant, called), (~malignant, ~called)
+    return tuple(weight[g & right].sum() / weight[g].sum() if g.any() else float("nan") for g, right in groups)
+
+
+def _threshold(test: dict, val: dict, wanted: float) -> list:
+    if not len(val["label"]) or not (val["label"] == 1).any():
+        return ["None: there are no malignant validation rows (part 'val') to choose it by, and the test may not."]
+    malignant = val["label"] == 1
+    weight = metrics.patient_weights(val["patient"])[malignant]
+    order = np.argsort(-val["probability"][malignant])
+    reached = np.cumsum(weight[order]) / weight.sum()
+    threshold = float(val["probability"][malignant][order][np.searchsorted(reached, wanted - 1e-9)])
+    rows = [
+        [name, *("-" if np.isnan(v) else f"{v:.3f}" for v in _at(rows, threshold))]
+        for name, rows in (("validation", val), ("test", test))
+    ]
+    return [
+        f"The highest threshold at which validation reaches a sensitivity of {wanted:.3g}, patient-balanced: a "
+        f"probability of {threshold:.4f} and above is called malignant. What it gives on the test:",
+        Table(["", "sensitivity", "specificity"], rows),
+    ]
+
+
+def _abstention(test: dict) -> list:
+    confidence = np.abs(test["probability"] - 0.5).round(12)
+    weight = metrics.patient_weights(test["patient"])
+    wrong = (test["probability"] >= 0.5) != (test["label"] == 1)
+    values, index = np.unique(-confidence, return_inverse=True)  # ties are kept or dropped together
+    covered = np.cumsum(np.bincount(index, weight)) / weight.sum()
+    error = np.cumsum(np.bincount(index, weight * wrong)) / (covered * weight.sum())
+    at = [min(np.searchsorted(covered, c - 1e-9), len(values) - 1) for c in COVERAGES]
+    rows = [[f"{covered[i]:.2f}", f"{0.5 - values[i]:.3f}", f"{1 - error[i]:.3f}"] for i in at]
+    labels = ("share of the images that is decided, patients weighing the same", "share of wrong decisions")
+    curve = {"": (covered, error)}
+    return [
+        "If the least certain images are left undecided: at least that share is decided, by probabilities as far "
+        "from 0.5 as this, with this accuracy.",
+        Table(["decided", "probability at least, or at most 1 minus it", "accuracy"], rows),
+        Picture.drawn("abstention", "Error against the share of images decided.", lines, curve, *labels),
+    ]
+
+
+def _worst_patients(test: dict, n: int = 10) -> list:
+    rows = []
+    for patient in np.unique(test["patient"]):
+        mine = test["patient"] == patient
+        label, p = test["label"][mine], test["probability"][mine]
+        rows.append((float(np.mean((p - label) ** 2)), str(patient), label, p))
+    rows.sort(key=lambda row: -row[0])
+    cells = []
+    for score, patient, label, p in rows[:n]:
+        figures = [f"{p.mean():.3f}", f"{np.mean((p >= 0.5) == label):.2f}", f"{score:.3f}"]
+        cells.append([patient, f"{label.mean():.2f}", str(len(p)), *figures])
+    return [Table(["patient", "malignant", "images", "mean probability", "named rightly", "Brier"], cells)]
+
+
+def _by(test: dict, name: str) -> list:
+    rows = []
+    for value in np.unique(test[name]):
+        mine = {key: column[test[name] == value] for key, column in test.items()}
+        weight = metrics.patient_weights(mine["patient"])
+        of_rows = mine["label"], mine["probability"], weight
+        figures = [*_at(mine, 0.5), metrics.auc(*of_rows), metrics.brier(*of_rows)]
+        shown = domain_name(value.item()) if name == "domain" else str(value)
+        counts = [str(len(mine["label"])), str(len(set(mine["patient"])))]
+        rows.append([shown, *counts, *("-" if np.isnan(v) else f"{v:.3f}" for v in figures)])
+    head = [name, "images", "patients", "sensitivity", "specificity", "AUC", "Brier"]
+    return ["Patient-balanced, at a threshold of 0.5.", Table(head, rows)]

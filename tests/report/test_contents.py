@@ -1,0 +1,180 @@
+"""The report of cells whose every prediction is known."""
+
+import json
+import shutil
+import subprocess
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import safetensors.numpy
+
+from magnification_invariant import metrics
+from magnification_invariant.cli import main
+from magnification_invariant.records import evaluate, prediction_table, write_json
+from magnification_invariant.report.contents import compare, default_pairs, sections
+from magnification_invariant.report.page import page, write
+from magnification_invariant.report.runs import by_title, difference, estimate, read_runs, spread
+
+PATIENTS, IMAGES = 24, 2
+
+
+def write_cell(root, method, held_out, fold=0, seed=0, *, skill=1.0, start=None):
+    """A finished cell's folder: every patient at three seen magnifications and the unseen one."""
+    folder = root / f"{method.replace('/', '.')}-lomo{held_out}-fold{fold}-seed{seed}"
+    folder.mkdir(parents=True)
+    magnifications = [m for m in (40, 100, 200, 400) if m != held_out]
+    rng = np.random.default_rng([held_out, fold, seed])  # the same noise for every method
+    tables, tensors = [], {}
+    for part, domains in (("val", magnifications), ("test", [held_out]), ("test_source", magnifications)):
+        n = PATIENTS * IMAGES * len(domains)
+        patient = np.resize(np.repeat(np.arange(PATIENTS), IMAGES), n) + 100 * (part == "val")
+        label, domain = patient % 2, np.repeat(domains, PATIENTS * IMAGES)
+        columns = {"patient": patient.astype(str), "slide": patient.astype(str), "label": label, "domain": domain}
+        columns |= {"filename": np.array([f"{part}{i}.png" for i in range(n)]), "mpp": np.full(n, 0.5)}
+        score = skill * (2 * label - 1) + rng.standard_normal(n)
+        about = {"part": part, "fold": fold, "held_out": held_out, "method": method, "seed": seed}
+        for epoch in (0, 1):
+            logits = np.stack([np.zeros(n), score * (epoch + 1)], 1)
+            tables.append(prediction_table(columns, np.arange(n), logits, epoch=epoch, **about))
+        tensors[f"{part}.embedding"] = np.stack([score, rng.standard_normal(n), domain / 100], 1).astype(np.float32)
+    tensors["train.embedding"] = tensors["val.embedding"]
+    records = pa.concat_tables(tables)
+    pq.write_table(records, folder / "predictions.parquet")
+    safetensors.numpy.save_file(tensors, folder / "embeddings.safetensors")
+    last = records.filter(pa.array(np.asarray(records["epoch"]) == 1))
+    results = {"temperature": 1.5, "parts": evaluate(last, 1.5), "uncalibrated": evaluate(last)}
+    results["signature"] = {"size": 2, "width": 3, "live": 3, "jaccard": 0.5, "nogueira": 0.4}
+    write_json(folder / "results.json", results)
+    arguments = {"method": method, "zoom": False, "held_out": held_out, "fold": fold, "seed": seed, "data": "d"}
+    config = {
+        "arguments": arguments,
+        "start": start or {},
+        "recipe_sha256": "r",
+        "versions": {"torch": "2"},
+        "git": None,
+    }
+    write_json(folder / "config.json", config)
+    (folder / "metrics.jsonl").write_text(json.dumps({"epoch": 1, "domain_accuracy": 0.4}) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cells(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    for held_out in (40, 200):
+        for seed in (0, 1):
+            write_cell(root, "erm", held_out, seed=seed, skill=0.8)
+            write_cell(root, "dann", held_out, seed=seed, skill=1.3, start={"saw_test": True})
+    return root
+
+
+def test_the_estimand_by_hand(cells):
+    """Brier averaged over seeds, then held-outs, at each run's temperature: a plain mean of the runs' figures."""
+    groups = by_title(read_runs([cells]))
+
+    def brier(run):
+        p = run.part("test")
+        return metrics.brier(p["label"], p["probability"], metrics.patient_weights(p["patient"]))
+
+    by_run = {title: np.mean([brier(run) for run in runs]) for title, runs in groups.items()}
+    assert estimate(groups["erm"]).value == pytest.approx(by_run["erm"])
+    found = difference(groups["dann"], groups["erm"])
+    assert found.difference == pytest.approx(by_run["dann"] - by_run["erm"])
+    assert found.low < found.difference < found.high < 0 and found.p_value < 0.01
+    auc = np.mean([metrics.auc(*(run.part("test")[k] for k in ("label", "probability"))) for run in groups["erm"]])
+    assert estimate(groups["erm"], "auc").value == pytest.approx(auc)
+    deviation = [np.std([brier(r) for r in groups["erm"] if r.held_out == h], ddof=1) for h in (40, 200)]
+    assert spread(groups["erm"])["seed"] == pytest.approx(np.sqrt(np.mean(np.square(deviation))))
+    assert np.isnan(spread(groups["erm"])["fold"])
+
+
+def test_the_family(cells):
+    groups = by_title(read_runs([cells]))
+    found = compare(groups, default_pairs(list(groups)))
+    assert [(c.metric, c.where) for c in found] == [
+        ("brier", "all held-outs"),
+        ("auc", "all held-outs"),
+        ("f1", "all held-outs"),
+        ("brier", "40X held out"),
+        ("brier", "200X held out"),
+    ]
+    assert [c.adjusted for c in found[1:]] == pytest.approx(metrics.holm([c.found.p_value for c in found[1:]]))
+    assert found[0].adjusted == found[0].found.p_value
+    with pytest.raises(ValueError, match="no finished runs of gan"):
+        compare(groups, [("gan", "erm")])
+
+
+def test_default_pairs():
+    titles = ["coral", "erm", "dann", "erm + zoom", "dann + zoom", "gan + zoom"]
+    pairs = [("dann", "erm"), ("dann + zoom", "erm + zoom"), ("coral", "erm"), ("gan + zoom", "erm + zoom")]
+    assert default_pairs(titles) == pairs
+    assert default_pairs(["dann"]) == []
+
+
+def test_what_the_report_says(cells, tmp_path):
+    found = dict(sections([cells]))
+    assert found["What can and cannot be concluded"][0].startswith("On these patients dann is better than erm")
+    backwards = dict(sections([cells], [("erm", "dann")]))["What can and cannot be concluded"][0]
+    assert "WORSE" in backwards
+    table = found["Each held-out magnification"][1]
+    assert [row[0] for row in table.rows] == ["dann *", "erm", "dann *", "erm"]
+    assert "the start had seen the test" in found["Each held-out magnification"][2]
+    paper = found["Beside the paper"][1]
+    assert [row[2] for row in paper.rows] == ["paper", "ours"] * 3 and paper.rows[3][3] == "not run"
+    rules = [row[1] for row in found["Which epoch counts"][1].rows]
+    assert any(rule.startswith("oracle") for rule in rules) and "last epoch (primary)" in rules
+    files = write(tmp_path, "report", "Title", found.items())
+    assert all(file.stat().st_size for file in files)
+
+
+def test_a_method_cannot_inject_html(tmp_path):
+    evil = "<img src=x onerror=alert(1)>:M"
+    for method in ("erm", evil):
+        write_cell(tmp_path, method, 200)
+    text = page("t", sections([tmp_path]))
+    assert "<img src=x" not in text and "&lt;img src=x" in text
+
+
+def test_too_few_patients_conclude_nothing(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "PATIENTS", 8)
+    for method in ("erm", "dann"):
+        write_cell(tmp_path, method, 200)
+    assert "nothing can be concluded" in sections([tmp_path])[0][1][0]
+
+
+def test_bad_folders_are_refused(cells, tmp_path):
+    with pytest.raises(ValueError, match="no finished cell"):
+        read_runs([tmp_path])
+    with pytest.raises(ValueError, match="the same cell"):
+        read_runs([cells, next(cells.iterdir())])
+    assert main(["report", str(tmp_path)]) == 2
+
+
+@pytest.mark.slow
+def test_a_browser_shows_every_picture(cells, tmp_path):
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not browser:
+        pytest.skip("no Chromium")
+    assert main(["report", str(cells), "--output-dir", str(tmp_path)]) == 0
+    text = (tmp_path / "report.html").read_text()
+    # The page itself allows no script; the copy that is looked at says how its pictures fared.
+    script = (
+        "<script>onload = () => document.title = JSON.stringify([...document.images].map(i => i.naturalWidth))</script>"
+    )
+    copy = tmp_path / "copy.html"
+    copy.write_text(
+        text.replace("default-src 'none'", "script-src 'unsafe-inline'").replace("</body>", script + "</body>")
+    )
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--user-data-dir={tmp_path}"]
+    done = subprocess.run([browser, *options, "--dump-dom", copy.as_uri()], capture_output=True, text=True, timeout=120)
+    widths = json.loads(done.stdout.partition("<title>")[2].partition("</title>")[0])
+    assert len(widths) == text.count("<img ") >= 6 and min(widths) > 100
+    done = subprocess.run(
+        [browser, *options, "--dump-dom", (tmp_path / "report.html").as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "CONSOLE" not in done.stderr and "<h1>" in done.stdout
