@@ -168,7 +168,7 @@ def _beside_the_paper(groups: dict[str, list[Run]]) -> list:
         rows.append(
             [method + _marks(runs), f"{held_out}X", "ours"]
             + [f"{each.value:.3f} {_interval(each)}" for each in figures.values()]
-            + ["{:.0f} of {:.0f}".format(*sizes), f"{_mean(runs, 'signature', 'jaccard'):.2f}"]
+            + ["{:.0f} of {:.0f}".format(*sizes), _number(_mean(runs, "signature", "jaccard"), 2)]
         )
     return [
         "The paper's numbers are the paper's (arXiv 2604.25817, BreaKHis, each model at its best held-out "
