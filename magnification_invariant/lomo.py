@@ -41,6 +41,7 @@ from magnification_invariant.data.augment import CROP_PCT, DRAWS, cache_height, 
 from magnification_invariant.data.pixels import PixelCache
 from magnification_invariant.data.splits import (
     Folds,
+    LackingClass,
     Split,
     assert_disjoint,
     domain_column,
@@ -208,7 +209,7 @@ def run_grid(
     workers: int = 1,
     say: Callable[[str], None] = print,
 ) -> list[Path]:
-    """Run the cells that are not finished yet; a cell that diverges is reported and the others go on.
+    """Run the cells that are not finished yet; one that diverges or lacks a class is reported and the others go on.
 
     Args:
         accelerator: with one worker, the processes that share every cell.
@@ -253,7 +254,7 @@ def _work(worker: int, cells: list[Cell], ds, output: Path, accelerator, say: Ca
                         accelerator.free_memory()  # it would keep every model of the grid
         except Timeout:
             continue  # somebody else is at it
-        except Diverged as error:
+        except (Diverged, LackingClass) as error:
             say(f"{which}: FAILED, {error}")
 
 

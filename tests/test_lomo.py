@@ -173,6 +173,17 @@ def test_grid_skips_what_is_finished_and_goes_on_after_a_failure(ds, tmp_path, m
     assert constant["image"]["auc"] == 0.5 and constant["image"]["brier"] == pytest.approx(0.25)
 
 
+def test_a_fold_whose_test_lacks_a_class_does_not_end_the_grid(ds, tmp_path):
+    settings = {name: getattr(CELL, name) for name in ("n_folds", "model", "image_size")}
+    cells = [cell for cell in grid(["erm"], [40], [0, 1], [0], epochs=1, **settings) if cell.method == "erm"]
+    split = leave_one_magnification_out(ds, 40, n_folds=CELL.n_folds, fold=1)
+    gone = {int(i) for i in split.test if ds[int(i)]["label"] == 0}
+    said = []
+    folders = run_grid(cells, ds.select([i for i in range(len(ds)) if i not in gone]), tmp_path, say=said.append)
+    assert [folder.name for folder in folders] == ["erm-lomo40-fold0-seed0"]
+    assert "FAILED" in said[1] and "no image of label [0]" in said[1]
+
+
 def test_a_folder_of_other_arguments_is_refused(ds, finished):
     with pytest.raises(ValueError, match="epochs was 2 and is now 3"):
         run_cell(replace(CELL, epochs=3), ds, finished)

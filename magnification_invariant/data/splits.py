@@ -29,6 +29,10 @@ def domain_name(domain: int | str) -> str:
     return domain if isinstance(domain, str) else f"{domain}X"
 
 
+class LackingClass(ValueError):
+    """A part of a split has no image of one of the classes: few patients, or few of them at a domain."""
+
+
 @dataclass(frozen=True, eq=False)
 class Split:
     """Rows of a table, int64, and what they follow from.
@@ -162,7 +166,7 @@ class Folds:
         for part in PARTS:
             lacking = sorted(set(labels) - {labels[i] for i in getattr(split, part)})
             if lacking:
-                raise ValueError(
+                raise LackingClass(
                     f"{part} of fold {fold} with {self.domain_column} {held_out!r} held out has no image of "
                     f"{self.label_column} {lacking}: its patients have none at the domains it takes. Lower n_folds, "
                     "take another split_seed, or leave out domains that few patients have."
