@@ -168,8 +168,8 @@ def report(args: argparse.Namespace, folders: list[Path]) -> None:
     """docs/confirmation.md, in the words and pictures of `magdg report`."""
     import numpy as np
     import torch
-    from magnification_invariant.report.contents import sections
 
+    from magnification_invariant.report.contents import sections
     from magnification_invariant.report.page import write
 
     trial = " (TRIAL: patients of development)" if args.first_patient < 10_000 else ""
