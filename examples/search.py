@@ -32,7 +32,7 @@ def main() -> None:
     index = SignatureIndex.load(args.index)
     print(f"{len(index.cases)} cases of {len(set(index.cases['patient'].to_pylist()))} patients in {args.index}")
 
-    image = args.image or ds[0]["image"].filename
+    image = args.image or Path(ds[0]["image"].filename)
     cases, patient = find(index, image, k=5)
     print(f"\nNearest to {image} (of patient {patient}, who is left out):")
     for case in cases.to_pylist():

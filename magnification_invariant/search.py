@@ -310,9 +310,9 @@ def precision_at(
     for k in ks:
         share = np.nanmean(same[:, :k], axis=1)
         by_class = {}
-        for c in np.unique(label[query]):
+        for c in np.unique(label[query]).tolist():
             chosen = label[query] == c
-            by_class[c.item()] = float(np.average(share[chosen], weights=weight[chosen]))
+            by_class[c] = float(np.average(share[chosen], weights=weight[chosen]))
         result[k] = {"precision": float(np.average(share, weights=weight)), "by_class": by_class}
     return result
 

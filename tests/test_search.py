@@ -1,7 +1,10 @@
 """Search is exact, leaves the query's own patient out, and its precision is what counting by hand gives."""
 
+import runpy
 import shutil
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -111,6 +114,14 @@ def test_the_command_builds_and_searches(index, signed, breakhis_tree, tmp_path,
     ):
         assert main(["search", *wrong]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_example_runs(signed, breakhis_tree, tmp_path, capsys, monkeypatch):
+    arguments = ["--model", signed, "--data", str(breakhis_tree), "--index", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["search.py", *arguments])
+    runpy.run_path(str(Path(__file__).parents[1] / "examples" / "search.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    assert "32 cases of 8 patients" in out and "Precision at 5" in out and out.splitlines()[-1].startswith("  400X")
 
 
 def test_faiss_finds_nearly_the_same():

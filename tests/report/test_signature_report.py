@@ -1,6 +1,9 @@
 """The signatures of finished cells: the tables, the page of the dimensions, and retrieval, from records alone."""
 
 import json
+import runpy
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -99,6 +102,20 @@ def test_retrieval_finds_the_class_across_magnifications(runs):
     rows = retrieval(runs / "erm-lomo200-fold0-seed0", ks=(1, 3))
     assert {row["representation"] for row in rows} == {"signature", "weighted", "embedding"} and len(rows) == 3 * 16
     assert np.mean([row[1]["precision"] for row in rows]) > np.mean([row["chance"] for row in rows])
+
+
+def test_the_script_prints_all_tables(runs, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["signature_table.py", str(runs), "--subsamples", "4"])
+    runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "signature_table.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if line.startswith("## ")] == [
+        "## Signatures",
+        "## Signatures at equal loss",
+        "## Stability on one backbone",
+        "## Stability between networks",
+        "## Retrieval",
+    ]
+    assert out.count("| embedding") == 2
 
 
 def test_the_page_of_the_dimensions(ds, runs):
