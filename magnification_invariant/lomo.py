@@ -248,7 +248,8 @@ def _work(worker: int, cells: list[Cell], ds, output: Path, accelerator, say: Ca
         try:
             with claim:
                 if not is_finished(folder, cell, ds):
-                    run_cell(cell, ds, folder, accelerator=accelerator)
+                    # a floor is the first process's alone: it must not wait there for the others
+                    run_cell(cell, ds, folder, accelerator=None if cell.method in FLOORS else accelerator)
                     say(f"{which}: done")
                     if accelerator is not None:
                         accelerator.free_memory()  # it would keep every model of the grid
