@@ -9,7 +9,7 @@ shows.
     python benchmarks/confirmation.py                          # 3 cohorts x 3 seeds, two cells at a time
     python benchmarks/confirmation.py --minutes 60             # whole seeds only, as many as fit; at least one
     python benchmarks/confirmation.py --arch resnet18          # each method's own ResNet-18
-    python benchmarks/confirmation.py --first-patient 2000 --cohorts 1 --seeds 0 --epochs 2 --docs /tmp/trial   # trial
+    python benchmarks/confirmation.py --first-patient 2000 --cohorts 1 --seeds 0 --epochs 2 --docs runs/trial   # trial
 
 A run that was cut goes on where it stopped. Seeds are cut before cohorts: cells run seed by seed, over all cohorts.
 """

@@ -6,7 +6,7 @@ magnifications, after the last epoch, mean over the held-out magnifications; the
 
     python benchmarks/random_search.py                     # 8 trials, two magnifications held out in turn
     python benchmarks/random_search.py --methods gan frozen --trials 4
-    python benchmarks/random_search.py --trials 2 --patients 20 --epochs 1 --images 1 --results /tmp/trial   # trial
+    python benchmarks/random_search.py --trials 2 --patients 20 --epochs 1 --images 1 --results runs/trial   # trial
 
 A run that was cut goes on where it stopped; more trials or methods can be asked for later.
 """

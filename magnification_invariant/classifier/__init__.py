@@ -2,7 +2,7 @@
 
 from magnification_invariant.classifier.classifier import BACKENDS, ONNX_FILE, Classifier, Network
 from magnification_invariant.classifier.inputs import Item, check_mpp, find_images, items_of
-from magnification_invariant.classifier.table import Summary, predict_to_file
+from magnification_invariant.classifier.predictions import Summary, predict_to_file
 
 __all__ = [
     "BACKENDS",

@@ -14,7 +14,7 @@ from magnification_invariant import metrics
 from magnification_invariant.data.splits import domain_name
 from magnification_invariant.metrics.intervals import FEWEST_PATIENTS, Difference
 from magnification_invariant.report import pictures
-from magnification_invariant.report.page import Picture, Section, Table
+from magnification_invariant.report.page import Picture, Section, Table, number
 from magnification_invariant.report.runs import PRIMARY, Run, by_title, difference, estimate, joined, read_runs, spread
 
 # Ezuma and Medaiyese, arXiv 2604.25817: each model at the held-out magnification that was best for it.
@@ -168,7 +168,7 @@ def _beside_the_paper(groups: dict[str, list[Run]]) -> list:
         rows.append(
             [method + _marks(runs), f"{held_out}X", "ours"]
             + [f"{each.value:.3f} {_interval(each)}" for each in figures.values()]
-            + ["{:.0f} of {:.0f}".format(*sizes), _number(_mean(runs, "signature", "jaccard"), 2)]
+            + ["{:.0f} of {:.0f}".format(*sizes), number(_mean(runs, "signature", "jaccard"), 2)]
         )
     return [
         "The paper's numbers are the paper's (arXiv 2604.25817, BreaKHis, each model at its best held-out "
@@ -195,7 +195,7 @@ def _by_held_out(groups: dict[str, list[Run]]) -> list:
                 [title + _marks(runs), domain_name(held_out), str(len(runs))]
                 + [f"{each.value:.3f} {_interval(each)}" for each in tested.values()]
                 + [f"{gap:+.3f}" for gap in gaps]
-                + [_number(spreads[name]) for name in ("seed", "fold")]
+                + [number(spreads[name]) for name in ("seed", "fold")]
             )
     return [
         "Patient-balanced, at the fitted temperature, with 95 % intervals over patients. Seen - unseen is the "
@@ -320,7 +320,7 @@ def _invariance(networks: dict[str, list[Run]]) -> list:
             read, chance = f"none: {error}", "-"
         adversary = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[-1]).get("domain_accuracy")
         mmd = metrics.class_conditional_mmd(embedding, label, domain)
-        rows.append([title + _marks([run]), run.folder.name, read, chance, _number(mmd, 4), _number(adversary)])
+        rows.append([title + _marks([run]), run.folder.name, read, chance, number(mmd, 4), number(adversary)])
         caption = f"Embeddings of {title}'s test patients, by class and by magnification."
         maps.append(Picture.drawn(f"embedding_{title}", caption, pictures.embedding_map, run.folder))
     head = [
@@ -347,8 +347,8 @@ def _signatures(networks: dict[str, list[Run]]) -> list:
     for title, runs in networks.items():
         size, width, live, *stability = (_mean(runs, "signature", name) for name in names)
         own = [_mean(runs, "signature", "test", "patient_balanced", name) for name in ("auc", "brier")]
-        cells = [_number(size, 0), _number(width, 0), _number(live, 0), _number(size / width, 2)]
-        cells += [*(_number(value, 2) for value in stability), *map(_number, own)]
+        cells = [number(size, 0), number(width, 0), number(live, 0), number(size / width, 2)]
+        cells += [*(number(value, 2) for value in stability), *map(number, own)]
         rows.append([title + _marks(runs), *cells])
     head = ["method", "dimensions", "of", "live", "share", "Jaccard", "Nogueira", "its own AUC", "its own Brier"]
     return [
@@ -405,7 +405,3 @@ def _legend(marks: set[str]) -> list[str]:
 
 def _interval(found, digits: str = ".3f") -> str:
     return "" if np.isnan(found.low) else f"[{found.low:{digits}}, {found.high:{digits}}]"
-
-
-def _number(value: float | None, digits: int = 3) -> str:
-    return "-" if value is None or np.isnan(value) else f"{value:.{digits}f}"

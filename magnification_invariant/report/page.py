@@ -7,6 +7,7 @@ All text is escaped, so that what a record, a card or a file name says stays tex
 import base64
 import html
 import io
+import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -146,3 +147,8 @@ def _text(text: str) -> str:
 
 def _stem(name: str) -> str:
     return re.sub(r"[^\w.-]", "_", name)
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A cell of a table: the value, or a dash where there is none."""
+    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"

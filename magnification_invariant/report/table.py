@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from magnification_invariant.data.splits import domain_name
-from magnification_invariant.report.page import markdown_table
+from magnification_invariant.report.page import markdown_table, number
 from magnification_invariant.report.runs import Run, estimate
 
 WEIGHTINGS = {"patient_balanced": "each image weighs 1/n of its patient", "image": "each image weighs the same"}
@@ -69,19 +69,15 @@ def markdown(rows: list[dict], part: str = "test") -> str:
             s, signature = row[weighting], row.get("signature", {})
             name = row["method"] + "".join(f" [{marks.index(mark) + 1}]" for mark in row["marks"])
             cells = [name, domain_name(row["held_out"])]
-            cells += [_number(s[k]) for k in ("auc", "f1", "balanced_accuracy", "brier", "expected_calibration_error")]
+            cells += [number(s[k]) for k in ("auc", "f1", "balanced_accuracy", "brier", "expected_calibration_error")]
             if weighting == "patient_balanced":
                 if "auc_interval" in row:
                     cells[2] += " [{:.3f}, {:.3f}]".format(*row["auc_interval"])
                 size = f"{signature['size']:.0f} of {signature['width']:.0f}" if signature else "-"
-                cells += [_number(row.get("uncalibrated", {}).get("brier")), size]
-                cells += [_number(signature.get(k), 2) for k in ("jaccard", "nogueira")]
+                cells += [number(row.get("uncalibrated", {}).get("brier")), size]
+                cells += [number(signature.get(k), 2) for k in ("jaccard", "nogueira")]
             lines.append(cells)
         title = f"{weighting.replace('_', '-')} ({meaning}), part `{part}`"
         blocks.append(f"{title}\n\n" + markdown_table(head, lines))
     notes = [f"[{i}] {mark}" for i, mark in enumerate(marks, 1)]
     return "\n\n".join([*blocks, *notes])
-
-
-def _number(value: float | None, digits: int = 3) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"

@@ -15,7 +15,7 @@ _PUBLIC = {
     "agreement": "refits",
     "refit_stability": "refits",
     "refit_supports": "refits",
-    "stability_selection": "selection",
+    "stability_selection": "stable_selection",
     "match_units": "networks",
     "same_units": "networks",
     "across_networks": "networks",

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from magnification_invariant.signatures import l1_logistic_path, stability_selection
-from magnification_invariant.signatures.selection import _first
+from magnification_invariant.signatures.stable_selection import _first
 
 
 def cohort(strong: int = 4, d: int = 60, n_patients: int = 60, seed: int = 0):

@@ -12,13 +12,13 @@ from accelerate import PartialState, debug_launcher
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from magnification_invariant.classifier import Classifier, items_of, predict_to_file, table
+from magnification_invariant.classifier import Classifier, items_of, predict_to_file, predictions
 from magnification_invariant.cli import main
 
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(table, "SHARD", 3)
+    monkeypatch.setattr(predictions, "SHARD", 3)
 
 
 @pytest.fixture(scope="module")
