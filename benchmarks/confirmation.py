@@ -7,6 +7,7 @@ every record; another recipe in the same folder is refused. All methods run, onc
 shows.
 
     python benchmarks/confirmation.py                          # 3 cohorts x 3 seeds, two cells at a time
+    python benchmarks/confirmation.py --settings benchmarks/results/random_search.json   # not each method's defaults
     python benchmarks/confirmation.py --minutes 60             # whole seeds only, as many as fit; at least one
     python benchmarks/confirmation.py --arch resnet18          # each method's own ResNet-18
     python benchmarks/confirmation.py --first-patient 2000 --cohorts 1 --seeds 0 --epochs 2 --docs runs/trial   # trial
@@ -15,11 +16,13 @@ A run that was cut goes on where it stopped. Seeds are cut before cohorts: cells
 """
 
 import argparse
+import json
 import os
 import platform
 import shlex
 import sys
 import time
+from dataclasses import fields, replace
 from pathlib import Path
 
 MAGNIFICATIONS = (40, 100, 200, 400)
@@ -41,7 +44,7 @@ def main() -> None:
     add("--width", type=int, default=280, help="of the slides' images; 280 holds the zoom; default: %(default)s")
     add("--epochs", type=int, default=15, help="default: %(default)s")
     add("--learning-rate", type=float, default=3e-3, help="default: %(default)s")
-    add("--coeff", type=float, default=1.0, help="of the gradient reversal; default: %(default)s")
+    add("--settings", type=Path, help="each method's own, as random_search.py wrote them; replace the learning rate")
     add("--train-patients", type=int, default=70, help="of a cohort; default: %(default)s")
     add("--val-patients", type=int, default=30, help="of a cohort; default: %(default)s")
     add("--test-patients", type=int, default=200, help="of all cohorts; default: %(default)s")
@@ -58,7 +61,7 @@ def main() -> None:
             f"a cohort has room for {COHORT_STEP} patients, and there is room for {TEST_OFFSET // COHORT_STEP}"
         )
 
-    from magnification_invariant.lomo import FLOORS, grid, run_grid
+    from magnification_invariant.lomo import FLOORS, Cell, grid, run_grid
 
     output = args.output_dir / f"nuisance{args.nuisance}"
     output.mkdir(parents=True, exist_ok=True)
@@ -68,14 +71,21 @@ def main() -> None:
         "epochs": args.epochs,
         "image_size": args.image_size,
         "learning_rate": args.learning_rate,
-        "coeff": args.coeff,
         "split": str(split),
     }
+    settings = json.loads(args.settings.read_text()) if args.settings else {}
+    arguments = {field.name for field in fields(Cell)}
+
+    def with_settings(cell: Cell) -> Cell:
+        own = settings.get(cell.method, {})
+        known = {name: value for name, value in own.items() if name in arguments}
+        return replace(cell, **known, options={name: value for name, value in own.items() if name not in arguments})
+
     rows = [(method, zoom == "on") for zoom in args.zoom for method in args.methods]
     blocks = {}
     for seed in args.seeds:
         cells = [
-            cell
+            with_settings(cell)
             for method, zoom in rows
             for cell in grid([method], args.held_out, range(args.cohorts), [seed], zoom=zoom, **shared)
         ]
@@ -141,8 +151,6 @@ def slides(args: argparse.Namespace, output: Path):
 
 def seconds_of(cell, ds) -> float:
     """About how long a cell takes: an epoch of training and its predictions, timed, times the number of epochs."""
-    from dataclasses import replace
-
     import numpy as np
     import torch
 

@@ -16,7 +16,7 @@ import argparse
 import json
 import os
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +106,7 @@ def package(run: Path, weights: Path, cards: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", default="dann")
+    parser.add_argument("--settings", type=Path, help="each method's own, as random_search.py wrote them")
     parser.add_argument("--model", help="timm architecture; default: the method's own, magdg_resnet18")
     parser.add_argument("--patients", type=int, default=400, help="to train on; default: %(default)s")
     parser.add_argument("--val-patients", type=int, default=100, help="default: %(default)s")
@@ -134,7 +135,11 @@ def main() -> None:
 
     ds, split = virtual_split(args)
     shared = ("method", "model", "image_size", "epochs", "batch_size", "zoom", "mixed_precision", "threads")
-    cell = Cell(held_out=0, **{name: getattr(args, name) for name in shared})
+    chosen = json.loads(args.settings.read_text())[args.method] if args.settings else {}
+    arguments = {field.name for field in fields(Cell)}
+    known = {name: value for name, value in chosen.items() if name in arguments}
+    own = {name: value for name, value in chosen.items() if name not in arguments}
+    cell = Cell(held_out=0, options=own, **{name: getattr(args, name) for name in shared} | known)
     print(f"{len(split.train)} images to train on, {len(split.val)} to validate, {len(split.test_source)} to test")
     print(json.dumps(asdict(cell)))
     if not is_finished(args.run, cell, ds):
