@@ -29,7 +29,7 @@ from PIL import Image, ImageDraw, ImageFilter
 __all__ = ["Optics", "Patient", "load_virtual_slides", "native_mpp", "render_field", "virtual_field", "virtual_patient"]
 
 # Raise it whenever a pixel changes: cached folders of another version are then left alone and drawn anew.
-GENERATOR_VERSION = 6
+GENERATOR_VERSION = 7
 SIDECAR = "virtual_slides.json"
 MAGNIFICATIONS = (40, 100, 200, 400)
 BENIGN = {"A": "adenosis", "F": "fibroadenoma", "PT": "phyllodes_tumor", "TA": "tubular_adenoma"}
@@ -157,7 +157,7 @@ def virtual_patient(number: int) -> Patient:
         solid=solid,
         atypia=atypia,
         size_cv=0.05 + 0.40 * atypia,
-        irregularity=0.02 + 0.24 * atypia,
+        irregularity=0.02 + 0.20 * atypia,
         polarity=1 - atypia,
         nucleoli=0.05 + 0.9 * atypia,
         mitoses=atypia,
@@ -173,9 +173,9 @@ def virtual_patient(number: int) -> Patient:
         chromatin=0.62 * (1 + 0.34 * pallor) * math.exp(0.15 * rng.standard_normal()),
         vesicular=rng.uniform(0.1, 0.7) + pallor,
         grain=rng.uniform(0.3, 1.1),
-        cytoplasm=(0.12 * math.exp(0.3 * rng.standard_normal()), 0.30 * math.exp(0.25 * rng.standard_normal())),
+        cytoplasm=(0.13 * math.exp(0.3 * rng.standard_normal()), 0.30 * math.exp(0.25 * rng.standard_normal())),
         collagen=(0.07 * math.exp(0.3 * rng.standard_normal()), 0.30 * math.exp(0.35 * rng.standard_normal())),
-        secretion=rng.uniform(0, 0.12),
+        secretion=rng.uniform(0, 0.05),
         core=rng.uniform(0.39, 0.61),
     )
 
@@ -346,7 +346,7 @@ def _strands(key: int, v: np.ndarray, mpp: float, low: float, high: float) -> np
     axis = np.arange(low - 2 * step, high + 3 * step, step)
     table = np.zeros(len(axis))
     weight = 0.0
-    for octave, (period, amplitude) in enumerate(((1.1, 0.25), (2.6, 0.45), (6.0, 0.55), (15.0, 0.4))):
+    for octave, (period, amplitude) in enumerate(((1.1, 0.4), (2.6, 0.5), (6.0, 0.45), (15.0, 0.25))):
         weight += amplitude**2
         if period < 2 * mpp:
             continue
@@ -391,8 +391,8 @@ def _optics(seed: int, patient: int, magnification: int, k: int, strength: int) 
     day = np.random.default_rng([202, seed, session])
     shot = np.random.default_rng([203, seed, patient, magnification, k])
     drift = np.exp(strength * (0.10 * day.standard_normal(2) + 0.05 * shot.standard_normal(2)))
-    colour = 0.05 * day.standard_normal(3) + 0.015 * shot.standard_normal(3)
-    light = 0.9 * np.exp(strength * (colour - 0.02 * abs(shot.standard_normal())))
+    colour = 0.02 * day.standard_normal(3) + 0.015 * shot.standard_normal(3)
+    light = 0.96 * np.exp(strength * (colour - 0.02 * abs(shot.standard_normal())))
     # Airy disc of the objective's numerical aperture and of the focus missed in this shot, both in um.
     aperture = {4: 0.10, 10: 0.25, 20: 0.40, 40: 0.65}[magnification // 10]
     blur = 0.5 * strength * 0.21 * 0.55 / aperture * math.exp(0.8 * shot.standard_normal())
@@ -515,13 +515,15 @@ def render_field(
     strand += mix * (_strands(key + 16, fine, mpp, low, high) - strand)
     strand = np.clip(strand * (1 + p.looseness) + (0.55 - 0.9 * p.looseness), 0, 1.3)
     eosin = material[..., 1] * (1 + material[..., 2] * (1.25 * strand - 1))
+    if mpp < 1.2:
+        eosin = eosin * (0.75 + 0.5 * _noise(key + 40, 2.4, x0, y0, mpp, size))
     grain = np.zeros((h, w), np.float32)
     for octave, period in enumerate((0.5, 1.1)):
         if period > 2 * mpp:
             grain += _noise(key + 3 + octave, period, x0, y0, mpp, size) - np.float32(0.5)
     haematoxylin = material[..., 0] * (1 + material[..., 3] * grain * p.grain)
     # 4. Beer-Lambert, light, lens, sensor.
-    stain = np.array(p.stain, np.float32) * np.array([[optics.haematoxylin * 1.55], [optics.eosin * 0.62]], np.float32)
+    stain = np.array(p.stain, np.float32) * np.array([[optics.haematoxylin * 1.1], [optics.eosin * 0.55]], np.float32)
     light = np.array(optics.gain, np.float32) * 255
     image = np.empty((h, w, 3), np.float32)
     for c in range(3):
