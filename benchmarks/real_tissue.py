@@ -6,6 +6,7 @@ tuned against, and *locked*, which is scored once for a generator that is final 
 
     python benchmarks/real_tissue.py                 # measures and montages of the half *look*
     python benchmarks/real_tissue.py --score look    # train on virtual slides alone, test on real 100X; is logged
+    python benchmarks/real_tissue.py --score look locked     # a final generator: the same network on both halves
     python benchmarks/real_tissue.py --score look --dry --patients 8 --epochs 1   # the same path on virtual patients
 
 Every score on real images is appended to results/real_tissue_scores.json before it is shown: the number of looks is
@@ -305,34 +306,39 @@ def released_model(folder: Path):
 def run_score(args) -> None:
     import torch
 
+    torch.set_num_threads(args.threads)
+    what = "weights" if args.weights else "generator"
+    locked = [entry["what"] for entry in scores() if entry["half"] == "locked"]
+    if "locked" in args.score and not args.dry and what in locked:
+        raise SystemExit(f"the half locked has been scored for {what}, and is so once")
+    model, size = released_model(args.weights) if args.weights else trained_model(args)
+    for half in args.score:
+        score_half(model, size, half, what, args)
+
+
+def score_half(model, size: int, half: str, what: str, args) -> None:
+    """Score a model on the 100X images of a half, log it, and show all that was logged."""
     from magnification_invariant import PixelCache, load_virtual_slides, predict
     from magnification_invariant.data import cache_height
     from magnification_invariant.data import virtual_slides as generator
     from magnification_invariant.metrics import auc, patient_weights
 
-    torch.set_num_threads(args.threads)
-    before = json.loads(SCORES.read_text()) if SCORES.exists() else []
-    what = "weights" if args.weights else "generator"
-    weights = args.weights and hashlib.sha256((args.weights / "model.safetensors").read_bytes()).hexdigest()
-    same = [entry for entry in before if entry["half"] == args.score]
-    if args.score == "locked" and not args.dry and any(entry["what"] == what for entry in same):
-        raise SystemExit(f"the half locked has been scored for {what}, and is so once")
-    model, size = released_model(args.weights) if args.weights else trained_model(args)
     if args.dry:
         ds = load_virtual_slides(16, images_per_magnification=2, first_patient=9_900, magnifications=(100,))
     else:
-        ds = real_half(args, args.score)
+        ds = real_half(args, half)
         ds = ds.select([i for i, magnification in enumerate(ds["magnification"]) if magnification == 100])
     logits, _ = predict(model, PixelCache(ds, cache_height(size)), np.arange(len(ds)), size)
     label, patient, score = np.array(ds["label"]), np.array(ds["patient"]), logits[:, 1] - logits[:, 0]
     entry = {
-        "half": args.score,
-        "look": len(same) + 1,
+        "half": half,
+        "look": sum(other["half"] == half for other in scores()) + 1,
         "what": what,
         "generator_version": generator.GENERATOR_VERSION,
         "generator_sha256": hashlib.sha256(Path(generator.__file__).read_bytes()).hexdigest()[:16],
         "arguments": {name: str(vars(args)[name]) for name in TRAINED_WITH},
-        "weights_sha256": weights,
+        "weights_sha256": args.weights
+        and hashlib.sha256((args.weights / "model.safetensors").read_bytes()).hexdigest(),
         "images": len(ds),
         "patients": [len(set(patient[label == c])) for c in (0, 1)],
         "auc": float(auc(label, score)),
@@ -342,8 +348,9 @@ def run_score(args) -> None:
     if args.dry:
         print("on virtual patients, not logged:", json.dumps(entry, indent=1))
         return
+    SCORES.parent.mkdir(exist_ok=True)
     part = SCORES.with_suffix(".tmp")
-    part.write_text(json.dumps([*before, entry], indent=1) + "\n")
+    part.write_text(json.dumps([*scores(), entry], indent=1) + "\n")
     part.replace(SCORES)
     print(scores_text())
 
@@ -369,16 +376,21 @@ def bootstrap(label, score, patient, draws: int = 2000) -> list[float]:
     return [float(v) for v in np.percentile(values, (2.5, 97.5))]
 
 
+def scores() -> list[dict]:
+    """All that was ever scored on real images."""
+    return json.loads(SCORES.read_text()) if SCORES.exists() else []
+
+
 def scores_text() -> str:
     """All scores on real images, as Markdown."""
-    if not SCORES.exists():
+    if not scores():
         return "## Trained on virtual slides, tested on real 100X\n\nNot scored yet.\n"
     lines = ["## Trained on virtual slides, tested on real 100X", ""]
     lines += [
         "| half | look | generator | of | patients | AUC, patient-balanced | AUC by image |",
         "|---|---|---|---|---|---|---|",
     ]
-    for e in json.loads(SCORES.read_text()):
+    for e in scores():
         interval = "[{:.3f}, {:.3f}]".format(*e["interval"])
         version = f"{e['generator_version']} ({e['generator_sha256'][:8]})"
         patients = " + ".join(map(str, e["patients"]))
@@ -397,7 +409,7 @@ def main() -> None:
     add("--compared", type=int, default=24, help="virtual patients to compare with")
     add("--images", type=int, default=2, help="of a patient at a magnification, to compare")
     add("--first-patient", type=int, default=0, help="number of the first virtual patient")
-    add("--score", choices=("look", "locked"))
+    add("--score", nargs="+", choices=("look", "locked"), help="halves")
     add("--dry", action="store_true", help="test on virtual patients instead of real ones, and log nothing")
     add("--weights", type=Path, help="score this model folder instead of training")
     add("--patients", type=int, default=400, help="virtual ones to train on")
