@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from magnification_invariant import metrics
 
 POSITIVE = 1  # malignant
+ZOOM = "zoom.parquet"  # predictions at one scale after the other, see `zoom_curves`
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -18,7 +18,7 @@ FLOORS = (
     {"engine"},
     {"lomo"},
     {"report", "explain", "hub", "classifier", "search"},
-    {"app", "export", "doctor"},
+    {"app", "export", "doctor", "zoom_curves"},
     {"cli"},
     {"__init__"},
 )

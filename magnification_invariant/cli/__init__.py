@@ -19,6 +19,7 @@ from magnification_invariant.cli import (
     report,
     search,
     split,
+    zoom,
 )
 
 COMMANDS = {
@@ -26,6 +27,7 @@ COMMANDS = {
     "prepare": prepare,
     "split": split,
     "lomo": lomo,
+    "zoom": zoom,
     "report": report,
     "evaluate": evaluate,
     "predict": predict,

@@ -41,15 +41,15 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", help="timm architecture, e.g. test_magdg_resnet; default: the method's own ResNet-18")
     add("--recipe", choices=("paper", "strong"), default="strong", help="default: %(default)s")
     add("--zoom", action=argparse.BooleanOptionalAction, default=False, help="train with continuous zoom")
-    add("--epochs", type=_positive, default=10, help="default: %(default)s")
-    add("--image-size", type=_positive, help="pixels; default: 224, and 64 on virtual slides")
-    add("--batch-size", type=_positive, default=32, help="images a step over all processes; default: %(default)s")
+    add("--epochs", type=positive, default=10, help="default: %(default)s")
+    add("--image-size", type=positive, help="pixels; default: 224, and 64 on virtual slides")
+    add("--batch-size", type=positive, default=32, help="images a step over all processes; default: %(default)s")
     add("--learning-rate", type=float, default=1e-3, help="default: %(default)s")
     add("--weight-decay", type=float, default=0.05, help="default: %(default)s")
-    add("--n-folds", type=_positive, default=5, help="groups of patients; default: %(default)s")
+    add("--n-folds", type=positive, default=5, help="groups of patients; default: %(default)s")
     add("--split-seed", type=int, default=0, help="deals patients to groups; default: %(default)s")
     add("--split", metavar="FILE", help="split by the folds that `magdg split` wrote there instead")
-    add("--threads", type=_positive, default=max(1, os.cpu_count() or 1), help="CPU threads; default: %(default)s")
+    add("--threads", type=positive, default=max(1, os.cpu_count() or 1), help="CPU threads; default: %(default)s")
     add("--embedding", choices=("penultimate", "pyramid"), default="penultimate", help="what signatures are made of")
     add("--mixed-precision", choices=("no", "bf16", "fp16"), default="no", help="default: %(default)s")
     add("--compile", action="store_true", help="torch.compile; pays on a GPU, not on a CPU")
@@ -61,7 +61,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="WEIGHTS",
         help="start from a .safetensors file, model folder or Hub repository",
     )
-    add("--gan-epochs", type=_positive, default=200, help="of the DCGAN of the method gan; default: %(default)s")
+    add("--gan-epochs", type=positive, default=200, help="of the DCGAN of the method gan; default: %(default)s")
     add(
         "--option",
         type=_option,
@@ -124,7 +124,7 @@ def held_out_domains(ds, names: list[str] | None) -> list[int | str]:
     return [by_name[name] for name in names] if names else domains
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")

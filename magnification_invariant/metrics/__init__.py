@@ -22,7 +22,12 @@ from magnification_invariant.metrics.classification import (
     patient_weights,
 )
 from magnification_invariant.metrics.intervals import METRICS, cluster_interval, holm, paired_difference
-from magnification_invariant.metrics.invariance import class_conditional_mmd, domain_probe, linear_cka
+from magnification_invariant.metrics.invariance import (
+    class_conditional_mmd,
+    domain_probe,
+    linear_cka,
+    probe_difference,
+)
 from magnification_invariant.metrics.selection import SELECTION_RULES, select_epoch, selected_scores
 from magnification_invariant.metrics.stability import chance_jaccard, jaccard, mean_pairwise_jaccard, nogueira
 
@@ -54,6 +59,7 @@ __all__ = [
     "paired_difference",
     "patient_recognition_rate",
     "patient_weights",
+    "probe_difference",
     "reliability_curve",
     "select_epoch",
     "selected_scores",

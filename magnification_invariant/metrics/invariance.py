@@ -10,6 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from magnification_invariant.metrics.intervals import Difference, paired_difference
+
 
 class DomainProbe(NamedTuple):
     """How well a fresh linear probe names the domain; see `domain_probe`.
@@ -19,12 +21,14 @@ class DomainProbe(NamedTuple):
         low: Lower bound of the 95 % interval over patients.
         high: Upper bound.
         chance: What guessing scores, 1 / domains.
+        right: (n,) whether the domain of each row was named, by a probe that had not seen its patient.
     """
 
     balanced_accuracy: float
     low: float
     high: float
     chance: float
+    right: np.ndarray
 
 
 def domain_probe(
@@ -53,7 +57,7 @@ def domain_probe(
         seed: Seed of folds and bootstrap.
 
     Returns:
-        Balanced accuracy, interval and chance.
+        Balanced accuracy, interval, chance, and which rows were named rightly.
 
     Raises:
         ValueError: On one domain, NaN, fewer patients than folds, or a domain that some training fold lacks.
@@ -88,7 +92,35 @@ def domain_probe(
 
     drawn = np.random.default_rng(seed).multinomial(shape[0], np.full(shape[0], 1 / shape[0]), size=n_draws)
     low, high = np.quantile(recall(drawn), (0.025, 0.975))
-    return DomainProbe(float(recall(np.ones((1, shape[0])))[0]), float(low), float(high), 1 / len(names))
+    value = float(recall(np.ones((1, shape[0])))[0])
+    return DomainProbe(value, float(low), float(high), 1 / len(names), guess == domain)
+
+
+def probe_difference(
+    a: DomainProbe, b: DomainProbe, y_true: ArrayLike, domains: ArrayLike, groups: ArrayLike, **options
+) -> Difference:
+    """How much better the domain can be read from the one encoder than from the other, on the same rows.
+
+    Args:
+        a: Probe of the one encoder, by `domain_probe`.
+        b: Probe of the other.
+        y_true: (n,) class of each row, 0 or 1; patients are redrawn within their class.
+        domains: (n,) as the probes were given.
+        groups: (n,) as the probes were given.
+        **options: n_draws, seed, level of `paired_difference`.
+
+    Returns:
+        Balanced accuracy of a minus that of b, with the interval and p-value of `paired_difference` over patients; the
+        fitted probes are taken as given. The bounds are NaN, with a warning, with fewer than 8 patients in a class.
+    """
+    _, domain = np.unique(np.asarray(domains), return_inverse=True)
+
+    def balanced(_, right: np.ndarray, weight: np.ndarray) -> float:
+        with np.errstate(invalid="ignore"):
+            return float(np.nanmean(np.bincount(domain, weight * right) / np.bincount(domain, weight)))
+
+    # Domains as runs: each patient weighs the same within each domain.
+    return paired_difference(balanced, y_true, a.right, b.right, groups, runs=domain, **options)
 
 
 def class_conditional_mmd(embeddings: ArrayLike, y_true: ArrayLike, domains: ArrayLike) -> float:
@@ -131,9 +163,9 @@ def _mmd(a: np.ndarray, b: np.ndarray) -> float:
 def linear_cka(a: ArrayLike, b: ArrayLike) -> float:
     """Similarity of two embeddings of the *same* rows: linear CKA with the unbiased HSIC estimate.
 
-    `HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L))` (Kornblith et al., ICML 2019) with the estimate of Song et al. (JMLR 13,
-    2012), which does not drift to 1 when dimensions outnumber rows (Davari et al. 2022 on why that matters). For
-    magnifications the rows must be the same fields.
+    `HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L))` with the Gram matrices `K = a aT` and `L = b bT` (Kornblith et al., ICML
+    2019) and the estimate of Song et al. (JMLR 13, 2012), which does not drift to 1 when dimensions outnumber rows
+    (Davari et al. 2022 on why that matters). For magnifications the rows must be the same fields.
 
     Args:
         a: (n, d) embeddings, n >= 4.

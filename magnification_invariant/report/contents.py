@@ -13,9 +13,11 @@ import safetensors.numpy
 from magnification_invariant import metrics
 from magnification_invariant.data.splits import domain_name
 from magnification_invariant.metrics.intervals import FEWEST_PATIENTS, Difference
+from magnification_invariant.metrics.invariance import DomainProbe
 from magnification_invariant.report import pictures
 from magnification_invariant.report.page import Picture, Section, Table, number
 from magnification_invariant.report.runs import PRIMARY, Run, by_title, difference, estimate, joined, read_runs, spread
+from magnification_invariant.report.zoom import zoom_blocks
 
 # Ezuma and Medaiyese, arXiv 2604.25817: each model at the held-out magnification that was best for it.
 PAPER = {
@@ -65,6 +67,7 @@ def sections(folders: Iterable[Path], pairs: list[tuple[str, str]] | None = None
             ("Which epoch counts", _selection(networks)),
             ("Other metrics", _other_metrics(groups)),
             ("What embeddings tell of the acquisition", _invariance(networks)),
+            *([("Zoom curves", curves)] if (curves := zoom_blocks(networks)) else []),
             ("Signatures", _signatures(networks)),
             ("Compute and provenance", _compute(groups)),
         ]
@@ -303,24 +306,34 @@ def _other_metrics(groups: dict[str, list[Run]]) -> list:
 
 
 def _invariance(networks: dict[str, list[Run]]) -> list:
-    rows, maps = [], []
+    rows, maps, probes = [], [], {}
+
+    def probe(run: Run) -> DomainProbe | str:  # or why there is none
+        if run not in probes:
+            embedding, of = _tested_embeddings(run)
+            try:
+                probes[run] = metrics.domain_probe(embedding, of["domain"], of["patient"])
+            except ValueError as error:
+                probes[run] = f"none: {error}"
+        return probes[run]
+
     for title, runs in networks.items():
         run = min(runs, key=lambda run: (run.held_out != 200, run.key[1:]))  # the paper's best, else the first
-        tensors = safetensors.numpy.load_file(run.folder / "embeddings.safetensors")
-        rows_of = {part: run.part(part) for part in ("test", "test_source")}
-        embedding = np.concatenate([tensors[f"{part}.embedding"] for part in rows_of])
-        label, domain, patient = (
-            np.concatenate([p[name] for p in rows_of.values()]) for name in ("label", "domain", "patient")
-        )
-        try:
-            probe = metrics.domain_probe(embedding, domain, patient)
-            read = f"{probe.balanced_accuracy:.3f} [{probe.low:.3f}, {probe.high:.3f}]"
-            chance = f"{probe.chance:.3f}"
-        except ValueError as error:
-            read, chance = f"none: {error}", "-"
-        adversary = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[-1]).get("domain_accuracy")
-        mmd = metrics.class_conditional_mmd(embedding, label, domain)
-        rows.append([title + _marks([run]), run.folder.name, read, chance, number(mmd, 4), number(adversary)])
+        embedding, of = _tested_embeddings(run)
+        read, chance, minus_erm = probe(run), "-", "-"
+        if isinstance(read, DomainProbe):
+            chance = f"{read.chance:.3f}"
+            for erm in networks.get("erm + zoom" if title.endswith(" + zoom") else "erm", []):
+                paired = erm is not run and erm.key == run.key
+                paired = paired and np.array_equal(_tested_embeddings(erm)[1]["filename"], of["filename"])
+                if paired and isinstance(probe(erm), DomainProbe):
+                    found = metrics.probe_difference(read, probe(erm), of["label"], of["domain"], of["patient"])
+                    minus_erm = f"{found.difference:+.3f} {_interval(found, '+.3f')}"
+            read = f"{read.balanced_accuracy:.3f} {_interval(read)}"
+        log = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[-1])
+        mmd = metrics.class_conditional_mmd(embedding, of["label"], of["domain"])
+        others = number(mmd, 4), number(log.get("domain_accuracy"))
+        rows.append([title + _marks([run]), run.folder.name, read, chance, minus_erm, *others])
         caption = f"Embeddings of {title}'s test patients, by class and by magnification."
         maps.append(Picture.drawn(f"embedding_{title}", caption, pictures.embedding_map, run.folder))
     head = [
@@ -328,17 +341,28 @@ def _invariance(networks: dict[str, list[Run]]) -> list:
         "run",
         "fresh probe's balanced accuracy",
         "chance",
+        "minus erm's",
         "MMD within classes",
         "adversary (no evidence)",
     ]
     return [
         "A fresh linear probe reads the magnification from frozen embeddings of the test patients, at seen and unseen"
-        " magnifications, on patients it was not fitted on; compare it with chance and with erm's. MMD is squared, "
-        "unbiased, between magnifications within classes. The co-trained adversary's accuracy is shown and is no "
-        "evidence: it may just have been beaten. One run each.",
+        " magnifications, on patients it was not fitted on; compare it with chance, and with erm's of the same "
+        "held-out, fold and seed (paired by patients). Intervals are over patients, the fitted probes taken as given. "
+        "MMD is squared, unbiased, between magnifications within classes. The co-trained adversary's accuracy is shown "
+        "and is no evidence: it may just have been beaten. One run each.",
         Table(head, rows),
         *maps,
     ]
+
+
+def _tested_embeddings(run: Run) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Embeddings of the test patients at all magnifications, and the columns of their rows."""
+    tensors = safetensors.numpy.load_file(run.folder / "embeddings.safetensors")
+    parts = {part: run.part(part) for part in ("test", "test_source")}
+    names = ("label", "domain", "patient", "filename")
+    of = {name: np.concatenate([columns[name] for columns in parts.values()]) for name in names}
+    return np.concatenate([tensors[f"{part}.embedding"] for part in parts]), of
 
 
 def _signatures(networks: dict[str, list[Run]]) -> list:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,40 @@ def lines(curves: dict[str, tuple[np.ndarray, np.ndarray]], xlabel: str, ylabel:
     axis.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
     if any(curves):
         axis.legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+
+
+def zoom(curves: dict[str, dict], trained: tuple[float, float], seen: np.ndarray, unseen: np.ndarray, path) -> None:
+    """AUC, Brier and CKA against um/px: a row of panels a variant, a colour a method, a line of its own each source.
+
+    Args:
+        curves: of each method, see `report.zoom.points_of`.
+        trained: the range of um/px trained on, grey.
+        seen: um/px of the acquisitions trained on, ticks below.
+        unseen: um/px of the one held out, dashed.
+    """
+    variants = list(dict.fromkeys(variant for of_method in curves.values() for variant, _ in of_method))
+    figure, axes = _figure(3 * len(variants), 4.2, 3.4)
+    for axis, (variant, name) in zip(axes, product(variants, ("auc", "brier", "cka")), strict=True):
+        axis.axvspan(*trained, color="0.93", lw=0)
+        for mpp in seen:
+            axis.axvline(mpp, 0, 0.06, color="0.3", lw=1.5)
+        for mpp in unseen:
+            axis.axvline(mpp, color="0.4", lw=1, ls="--")
+        for i, (title, of_method) in enumerate(curves.items()):
+            label = title
+            for (_, source), points in ((key, points) for key, points in of_method.items() if key[0] == variant):
+                x, y = ([getattr(point, n) for point in points] for n in ("mpp", name))
+                if name != "cka":
+                    y, low, high = np.array(y).T
+                    axis.fill_between(x, low, high, color=f"C{i}", alpha=0.15, lw=0)
+                axis.plot(x, y, "o-", color=f"C{i}", ms=3, lw=1.2, label=label)
+                axis.annotate(source, (x[-1], y[-1]), fontsize=6, color=f"C{i}")
+                label = None  # one entry of the legend a method
+        labels = {"auc": "AUC", "brier": "Brier", "cka": "CKA with the reference"}
+        axis.set(xscale="log", xlabel="um/px at the network's input", ylabel=labels[name])
+        axis.set_title(variant, fontsize=9)
+        axis.legend(fontsize=7)
     figure.savefig(path, dpi=100)
 
 

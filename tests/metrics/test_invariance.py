@@ -89,3 +89,37 @@ def test_bad_input_is_refused():
         metrics.class_conditional_mmd(x, domain[1:], domain)
     with pytest.raises(ValueError, match="same rows"):
         metrics.linear_cka(x, x[1:])
+
+
+def test_cka_by_the_definition():
+    """U-statistics over distinct rows (Song et al. 2012), summed one by one."""
+    from itertools import permutations
+
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((6, 3)), rng.standard_normal((6, 2))
+    b[:, 0] += a[:, 0]
+
+    def hsic(k, m):
+        pairs = np.mean([k[i, j] * m[i, j] for i, j in permutations(range(6), 2)])
+        triples = np.mean([k[i, j] * m[i, q] for i, j, q in permutations(range(6), 3)])
+        return pairs + np.mean([k[i, j] * m[q, r] for i, j, q, r in permutations(range(6), 4)]) - 2 * triples
+
+    k, m = a @ a.T, b @ b.T
+    assert metrics.linear_cka(a, b) == pytest.approx(hsic(k, m) / np.sqrt(hsic(k, k) * hsic(m, m)))
+    assert metrics.linear_cka(a, b) == pytest.approx(metrics.linear_cka(b, a))
+
+
+def test_the_difference_of_two_probes_is_paired_by_patients():
+    x, y, domain, patient = embeddings(0)
+    shifted, blind = metrics.domain_probe(embeddings(4)[0], domain, patient), metrics.domain_probe(x, domain, patient)
+    assert shifted.right.mean() > 0.6 and blind.right.shape == y.shape
+    found = metrics.probe_difference(shifted, blind, y, domain, patient, n_draws=400)
+    assert found.difference == pytest.approx(shifted.balanced_accuracy - blind.balanced_accuracy)
+    assert 0 < found.low < found.difference < found.high and found.p_value < 0.01
+    none = metrics.probe_difference(blind, blind, y, domain, patient, n_draws=50)
+    assert none[:3] == (0, 0, 0) and none.p_value == 1
+    # Rows that a domain has more of, and patients with more rows, do not count for more.
+    some = np.flatnonzero((domain != 40) | (patient % 3 == 0) | (np.arange(len(domain)) % 4 == 0))
+    parts = [metrics.domain_probe(e[some], domain[some], patient[some]) for e in (embeddings(4)[0], x)]
+    found = metrics.probe_difference(*parts, y[some], domain[some], patient[some], n_draws=50)
+    assert found.difference == pytest.approx(parts[0].balanced_accuracy - parts[1].balanced_accuracy)

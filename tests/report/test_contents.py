@@ -137,6 +137,20 @@ def test_a_method_cannot_inject_html(tmp_path):
     assert "<img src=x" not in text and "&lt;img src=x" in text
 
 
+def test_the_probe_is_compared_with_that_of_erm_of_the_same_run(tmp_path):
+    write_cell(tmp_path, "erm", 200)
+    write_cell(tmp_path, "erm", 200, seed=1)
+    file = write_cell(tmp_path, "dann", 200) / "embeddings.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    blind = {name: x * np.array([1, 1, 0], np.float32) for name, x in tensors.items()}  # the third is the magnification
+    safetensors.numpy.save_file(blind, file)
+    dann, erm = dict(sections([tmp_path]))["What embeddings tell of the acquisition"][1].rows
+    assert erm[4] == "-" and float(erm[2].split()[0]) == 1 and float(dann[2].split()[0]) < 0.5
+    difference, low, high = (float(text.strip("[,]")) for text in dann[4].split())
+    assert difference == pytest.approx(float(dann[2].split()[0]) - 1, abs=0.0011)
+    assert low < difference < high < 0
+
+
 def test_too_few_patients_conclude_nothing(tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "PATIENTS", 8)
     for method in ("erm", "dann"):
