@@ -62,6 +62,8 @@ def main() -> None:
         )
 
     from magnification_invariant.lomo import FLOORS, Cell, grid, run_grid
+    from magnification_invariant.records import ZOOM
+    from magnification_invariant.zoom_curves import write_zoom_curves
 
     output = args.output_dir / f"nuisance{args.nuisance}"
     output.mkdir(parents=True, exist_ok=True)
@@ -113,6 +115,11 @@ def main() -> None:
             print(f"{len(cells) - len(folders)} cells of seed {seed} did not finish")
         finished += [folder for folder in folders if folder not in finished]
     print(f"\n{len(finished)} cells, {(time.monotonic() - started) / 60:.0f} min in this run")
+    for cell in blocks[args.seeds[0]]:  # zoom curves of one cohort and one held-out magnification
+        folder = output / cell.name
+        shown = cell.fold == 0 and cell.held_out == args.held_out[0] and folder in finished
+        if shown and cell.method not in FLOORS and not (folder / ZOOM).exists():
+            write_zoom_curves(folder, ds)
     report(args, finished)
 
 
