@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="folders of cells, or folders that hold them")
     parser.add_argument("--subsamples", type=int, default=30, help="halves of the patients (default: 30)")
     args = parser.parse_args()
-    sections = [*signature_sections(args.runs, args.subsamples), retrieval_section(args.runs)]
+    sections = [*signature_sections(read_runs(args.runs), args.subsamples), retrieval_section(args.runs)]
     print(markdown("Signatures", sections))
 
 

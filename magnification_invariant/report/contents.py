@@ -16,7 +16,18 @@ from magnification_invariant.metrics.intervals import FEWEST_PATIENTS, Differenc
 from magnification_invariant.metrics.invariance import DomainProbe
 from magnification_invariant.report import pictures
 from magnification_invariant.report.page import Picture, Section, Table, number
-from magnification_invariant.report.runs import PRIMARY, Run, by_title, difference, estimate, joined, read_runs, spread
+from magnification_invariant.report.runs import (
+    PRIMARY,
+    Run,
+    by_title,
+    difference,
+    estimate,
+    joined,
+    read_runs,
+    spread,
+    star,
+)
+from magnification_invariant.report.signatures import signature_sections
 from magnification_invariant.report.zoom import zoom_blocks
 
 # Ezuma and Medaiyese, arXiv 2604.25817: each model at the held-out magnification that was best for it.
@@ -43,13 +54,14 @@ class Comparison(NamedTuple):
         return f"{NAMES[self.metric]}, {self.a} - {self.b}, {self.where}"
 
 
-def sections(folders: Iterable[Path], pairs: list[tuple[str, str]] | None = None) -> list[Section]:
+def sections(folders: Iterable[Path], pairs: list[tuple[str, str]] | None = None, *, refits: int = 0) -> list[Section]:
     """The report on finished cells; nothing is trained or predicted for it.
 
     Args:
         folders: cells, or folders of them.
         pairs: rows to compare (a, b), the first pair being the primary one; by default every method with "erm" of the
             same zoom, "dann" first.
+        refits: of every signature, on halves of the patients, the one thing fitted here, see `signature_sections`.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # too few patients for an interval: the tables show none
@@ -68,7 +80,7 @@ def sections(folders: Iterable[Path], pairs: list[tuple[str, str]] | None = None
             ("Other metrics", _other_metrics(groups)),
             ("What embeddings tell of the acquisition", _invariance(networks)),
             *([("Zoom curves", curves)] if (curves := zoom_blocks(networks)) else []),
-            ("Signatures", _signatures(networks)),
+            *signature_sections(runs, refits),
             ("Compute and provenance", _compute(groups)),
         ]
 
@@ -169,7 +181,7 @@ def _beside_the_paper(groups: dict[str, list[Run]]) -> list:
         figures = {metric: estimate(runs, metric) for metric in ("auc", "f1", "brier")}
         sizes = _mean(runs, "signature", "size"), _mean(runs, "signature", "width")
         rows.append(
-            [method + _marks(runs), f"{held_out}X", "ours"]
+            [method + star(runs), f"{held_out}X", "ours"]
             + [f"{each.value:.3f} {_interval(each)}" for each in figures.values()]
             + ["{:.0f} of {:.0f}".format(*sizes), number(_mean(runs, "signature", "jaccard"), 2)]
         )
@@ -195,7 +207,7 @@ def _by_held_out(groups: dict[str, list[Run]]) -> list:
             spreads = spread(runs)
             noted |= {mark for run in runs for mark in run.marks}
             rows.append(
-                [title + _marks(runs), domain_name(held_out), str(len(runs))]
+                [title + star(runs), domain_name(held_out), str(len(runs))]
                 + [f"{each.value:.3f} {_interval(each)}" for each in tested.values()]
                 + [f"{gap:+.3f}" for gap in gaps]
                 + [number(spreads[name]) for name in ("seed", "fold")]
@@ -252,7 +264,7 @@ def _calibration(networks: dict[str, list[Run]]) -> list:
         names = ("expected_calibration_error", "debiased_calibration_error", "smooth_calibration_error")
         before = _mean(runs, "uncalibrated", "test", "patient_balanced", names[0])
         rows.append(
-            [title + _marks(runs), f"{np.exp(np.mean(np.log(temperatures))):.2f}"]
+            [title + star(runs), f"{np.exp(np.mean(np.log(temperatures))):.2f}"]
             + [f"{estimate(runs, temperatures=each).value:.4f}" for each in used]
             + [
                 f"{np.mean([getattr(part, name) for part in parts]):.4f}"
@@ -279,7 +291,7 @@ def _selection(networks: dict[str, list[Run]]) -> list:
         for rule in metrics.SELECTION_RULES:
             means = [np.mean([each[rule][name] for each in found]) for name in ("epoch", "auc", "brier")]
             name = {"last": "last epoch (primary)", "oracle": "oracle: best AUC of the test itself"}.get(rule, rule)
-            rows.append([title + _marks(runs), name, f"{means[0]:.1f}", f"{means[1]:.3f}", f"{means[2]:.4f}"])
+            rows.append([title + star(runs), name, f"{means[0]:.1f}", f"{means[1]:.3f}", f"{means[2]:.4f}"])
     return [
         "All results are the last epoch's: the same number of steps for every method. Other rules over the same runs "
         "(sensitivity): the best log-loss or AUC of validation patients at the training magnifications. The oracle "
@@ -298,7 +310,7 @@ def _other_metrics(groups: dict[str, list[Run]]) -> list:
             means = {h: [_mean(some, "parts", "test", weighting, name) for name in names] for h, some in of.items()}
             table = np.array(list(means.values()))
             worst = f"{table[:, 0].min():.3f}", f"{table[:, names.index('brier')].max():.3f}"
-            rows.append([title + _marks(runs), *(f"{value:.3f}" for value in table.mean(0)), *worst])
+            rows.append([title + star(runs), *(f"{value:.3f}" for value in table.mean(0)), *worst])
         head = [*(name.replace("_", " ") for name in names), "worst AUC", "worst Brier"]
         blocks += [f"{weighting.replace('_', '-').capitalize()}: {meaning}.", Table(["method", *head], rows)]
     blocks.append("Patient-balanced accuracy is BreaKHis' patient recognition rate. F1 and accuracies are at 0.5.")
@@ -333,7 +345,7 @@ def _invariance(networks: dict[str, list[Run]]) -> list:
         log = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[-1])
         mmd = metrics.class_conditional_mmd(embedding, of["label"], of["domain"])
         others = number(mmd, 4), number(log.get("domain_accuracy"))
-        rows.append([title + _marks([run]), run.folder.name, read, chance, minus_erm, *others])
+        rows.append([title + star([run]), run.folder.name, read, chance, minus_erm, *others])
         caption = f"Embeddings of {title}'s test patients, by class and by magnification."
         maps.append(Picture.drawn(f"embedding_{title}", caption, pictures.embedding_map, run.folder))
     head = [
@@ -363,24 +375,6 @@ def _tested_embeddings(run: Run) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     names = ("label", "domain", "patient", "filename")
     of = {name: np.concatenate([columns[name] for columns in parts.values()]) for name in names}
     return np.concatenate([tensors[f"{part}.embedding"] for part in parts]), of
-
-
-def _signatures(networks: dict[str, list[Run]]) -> list:
-    names = ("size", "width", "live", "jaccard", "nogueira")
-    rows = []
-    for title, runs in networks.items():
-        size, width, live, *stability = (_mean(runs, "signature", name) for name in names)
-        own = [_mean(runs, "signature", "test", "patient_balanced", name) for name in ("auc", "brier")]
-        cells = [number(size, 0), number(width, 0), number(live, 0), number(size / width, 2)]
-        cells += [*(number(value, 2) for value in stability), *map(number, own)]
-        rows.append([title + _marks(runs), *cells])
-    head = ["method", "dimensions", "of", "live", "share", "Jaccard", "Nogueira", "its own AUC", "its own Brier"]
-    return [
-        "Dimensions with a weight in an L1 logistic regression on the training embeddings. Stability compares refits "
-        "on one backbone that leave out a training magnification each; Jaccard depends on size and has no correction "
-        "for chance, Nogueira's index has (0 is chance, above 0.75 excellent). Means over runs.",
-        Table(head, rows),
-    ]
 
 
 def _compute(groups: dict[str, list[Run]]) -> list:
@@ -416,11 +410,6 @@ def _mean(runs: list[Run], *path: str) -> float:
         if value is not None:
             found.append(value)
     return float(np.mean(found)) if found else float("nan")
-
-
-def _marks(runs: list[Run]) -> str:
-    """A star for every number that needs a word beside it; `_legend` says which."""
-    return " *" if any(run.marks for run in runs) else ""
 
 
 def _legend(marks: set[str]) -> list[str]:

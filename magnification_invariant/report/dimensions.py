@@ -18,17 +18,13 @@ from magnification_invariant.data.scale import rescale
 from magnification_invariant.data.splits import domain_name
 from magnification_invariant.data.virtual_slides import SIDECAR
 from magnification_invariant.engine import normalise
-from magnification_invariant.report.page import Picture, Section, Table, page
+from magnification_invariant.report.page import Picture, Section, Table
+from magnification_invariant.report.runs import is_cell
 from magnification_invariant.signatures import SignatureProjector, read_embeddings
 
 PARTS = ("val", "test", "test_source")  # images that did not train the network
 MORPHOLOGY = ("nuclei per mm2", "nuclear area", "eccentricity", "haematoxylin")
 NUCLEUS = (8.0, 400.0)  # areas in square micrometres that are taken for a nucleus
-
-
-def dimension_page(folder: str | Path, ds) -> str:
-    """`dimension_sections` as one HTML page."""
-    return page(f"What the signature of {Path(folder).name} responds to", dimension_sections(folder, ds))
 
 
 def dimension_sections(folder: str | Path, ds, *, n_dimensions: int = 8, n_images: int = 5) -> list[Section]:
@@ -42,22 +38,29 @@ def dimension_sections(folder: str | Path, ds, *, n_dimensions: int = 8, n_image
 
     Raises:
         FileNotFoundError: The cell has no signature.
-        ValueError: The table is another one.
+        ValueError: It is no finished cell, its signature is empty, or the table is another one or without scales.
         OSError: scikit-image is not installed.
     """
     folder = Path(folder)
+    if not is_cell(folder):
+        raise ValueError(f"{folder} is no finished cell (config.json and results.json)")
     projector = SignatureProjector.from_pretrained(folder / "model")
     embeddings, keys = zip(*(read_embeddings(folder / "embeddings.safetensors", part) for part in PARTS), strict=True)
     keys = {name: np.concatenate([of[name] for of in keys]) for name in keys[0]}
     rows = keys["row"]
     if rows.max(initial=-1) >= len(ds) or ds.select(rows)["filename"][:] != keys["filename"].tolist():
         raise ValueError(f"{folder} was made from another table than this one")
+    if not len(projector.indices):
+        raise ValueError(f"the signature of {folder} is empty: no dimension has a weight")
+    mpp = np.asarray(ds["mpp"], float)
+    if np.isnan(mpp[rows]).any():
+        raise ValueError("nuclei are measured in micrometres, and the table does not know the scale of all images")
     strength = np.abs(projector.weight).max(axis=0)
     order = np.argsort(-strength, kind="stable")[:n_dimensions]
     values = projector.transform(np.concatenate(embeddings))[:, order]
 
     images = EncodedImages(ds)
-    measured = measure(images, rows, np.asarray(ds["mpp"], float))
+    measured = measure(images, rows, mpp)
     patients, patient = np.unique(keys["patient"], return_inverse=True)
     columns = {}
     if keys["domain"].dtype.kind == "i":
@@ -71,13 +74,13 @@ def dimension_sections(folder: str | Path, ds, *, n_dimensions: int = 8, n_image
             for i, d in enumerate(order)
         ],
     )
-    mpp = float(np.max(np.asarray(ds["mpp"], float)[rows]))
     text = (
         f"{len(order)} of {len(projector.indices)} dimensions, those of largest weight, on {len(rows)} images of "
         f"{len(patients)} patients that did not train the network. Rank correlations; those with morphology are taken "
         "within a magnification and averaged, since both follow magnification. Nuclei were measured with every image "
-        f"at {mpp:.3g} micrometres per pixel, the coarsest of all, by a threshold on haematoxylin: a measurement, not "
-        f"the truth. With patients swapped, the largest of these correlations stays below {chance:.2f} in 95 of 100."
+        f"at {mpp[rows].max():.3g} micrometres per pixel, the coarsest of all, by a threshold on haematoxylin: a "
+        "measurement, not the truth. With patients swapped, the largest of these correlations stays below "
+        f"{chance:.2f} in 95 of 100."
     )
     sections = [("Magnification and morphology", [text, table])]
     truths = _truths(images, keys)

@@ -122,6 +122,11 @@ def by_title(runs: Iterable[Run]) -> dict[str, list[Run]]:
     return dict(groups)
 
 
+def star(runs: Iterable[Run]) -> str:
+    """A star behind a title where a word must be said beside the numbers of its runs, see `Run.marks`."""
+    return " *" if any(run.marks for run in runs) else ""
+
+
 def estimate(
     runs: list[Run], metric: str = PRIMARY, part: str = "test", temperatures: Iterable[float] | None = None
 ) -> Interval:

@@ -11,39 +11,47 @@ from tqdm import tqdm
 
 from magnification_invariant.data.splits import domain_name
 from magnification_invariant.records import write_json
-from magnification_invariant.report.page import Section, Table
-from magnification_invariant.report.runs import Run, by_title, read_runs
+from magnification_invariant.report.page import Section, Table, number
+from magnification_invariant.report.runs import Run, by_title, star
 from magnification_invariant.signatures import SparseSignature, read_embeddings, refit_stability, size_at_loss
 from magnification_invariant.signatures.networks import SignedNetwork, compare_networks
 
 STABILITY = "signature_stability.json"
 
 
-def signature_sections(folders: Iterable[Path], n_subsamples: int = 30) -> list[Section]:
-    """Everything about the signatures of finished cells, as sections of a report.
+def signature_sections(runs: Iterable[Run], refits: int = 0) -> list[Section]:
+    """The signatures of finished cells, as sections of a report.
 
     Args:
-        folders: Of cells, or of runs that hold them.
-        n_subsamples: Halves of the patients that each signature is refitted on, see `patient_stability`.
+        runs: The cells, floors among them or not.
+        refits: Halves of the patients that each signature is refitted on (at least 2), see `patient_stability`; the
+            networks are compared then, too. With 0 all is read from records: refits are shown where a folder has them.
+
+    Raises:
+        ValueError: One refit has nothing to agree with; or as of `patient_stability`.
     """
-    groups = {title: runs for title, runs in by_title(read_runs(folders)).items() if runs[0].is_network}
-    signed = {title: [run for run in runs if run.results["signature"]["size"]] for title, runs in groups.items()}
-    stability = {
-        run.folder: patient_stability(run.folder, n_subsamples)
-        for run in tqdm([run for runs in signed.values() for run in runs], desc="refitting signatures", disable=None)
-    }
-    return [
-        ("Signatures", _sizes(groups, signed)),
+    if refits < 0 or refits == 1:
+        raise ValueError(f"stability is the agreement of refits: at least 2, or 0 for none, not {refits}")
+    groups = {title: of for title, of in by_title(runs).items() if of[0].is_network}
+    signed = {title: [run for run in of if run.results["signature"]["size"]] for title, of in groups.items()}
+    sections = [("Signatures", _sizes(groups, signed))]
+    if not any(signed.values()):
+        return sections
+    if refits:
+        for run in tqdm([run for of in signed.values() for run in of], desc="refitting signatures", disable=None):
+            patient_stability(run.folder, refits)
+    sections += [
         ("Signatures at equal loss", _equal_loss(signed)),
-        ("Stability on one backbone", _one_backbone(signed, stability, n_subsamples)),
-        ("Stability between networks", _between_networks(signed)),
+        ("Stability on one backbone", _one_backbone(signed)),
     ]
+    return [*sections, ("Stability between networks", _between_networks(signed))] if refits else sections
 
 
 def patient_stability(folder: str | Path, n_subsamples: int = 30) -> dict:
     """Refits the signature of a finished cell on halves of its training patients, see `refit_stability`.
 
-    The cell's signature is first fitted again from its embeddings, for its penalty. The result is kept in the folder.
+    The cell's signature is first fitted again from its embeddings, for its penalty. The result is kept in the folder
+    (`STABILITY`), and read from there the next time.
 
     Raises:
         ValueError: The embeddings do not give the recorded signature.
@@ -74,22 +82,24 @@ def _sizes(groups: dict[str, list[Run]], signed: dict[str, list[Run]]) -> list:
         size, width = [f["size"] for f in found], found[0]["width"]
         scores = [[f["test"]["patient_balanced"][name] for f in with_one] for name in ("auc", "f1", "brier")]
         rows.append(
-            [title, str(len(runs)), f"{np.mean(size):.0f} ({min(size)}-{max(size)})", str(width)]
-            + [f"{np.mean(size) / width:.2f}", _mean([f.get("live") for f in found], 0)]
+            [title + star(runs), str(len(runs)), str(size.count(0)), f"{np.mean(size):.0f} ({min(size)}-{max(size)})"]
+            + [str(width), f"{np.mean(size) / width:.2f}", _mean([f.get("live") for f in found], 0)]
             + [_mean([f["jaccard"] for f in with_one], 2), _mean([f["nogueira"] for f in with_one], 2)]
             + [_mean(values, 3) for values in scores]
         )
-    head = ["method", "cells", "size (range)", "width", "share", "live", "Jaccard", "Nogueira", "AUC", "F1", "Brier"]
+    head = ["method", "cells", "empty", "size (range)", "width", "share", "live", "Jaccard", "Nogueira"]
     return [
         "Dimensions of the embedding with a weight in an L1 logistic regression, means over cells; AUC, F1 and Brier "
         "are those of the signature itself at the unseen magnification, patient-balanced. Dead dimensions do not vary "
-        "over the training images: few live ones make any signature look stable. Jaccard and Nogueira: see below.",
-        Table(head, rows),
+        "over the training images: few live ones make any signature look stable. Jaccard and Nogueira's index compare "
+        "refits on one backbone, see below. Cells whose signature is empty count in size, share and live ones only.",
+        Table([*head, "AUC", "F1", "Brier"], rows),
     ]
 
 
 def _equal_loss(signed: dict[str, list[Run]]) -> list:
     """Size at the smallest loss that all methods reach in a cell."""
+    signed = {title: runs for title, runs in signed.items() if runs}
     curves = defaultdict(dict)
     for title, runs in signed.items():
         for run in runs:
@@ -102,7 +112,8 @@ def _equal_loss(signed: dict[str, list[Run]]) -> list:
                 for title, curve in of_method.items():
                     found[title].append(size_at_loss(curve["size"], curve[part], reached))
     rows = [
-        [title, str(len(sizes["val"][title])), *(_mean(sizes[part][title], 1) for part in sizes)] for title in signed
+        [title + star(runs), str(len(sizes["val"][title])), *(_mean(sizes[part][title], 1) for part in sizes)]
+        for title, runs in signed.items()
     ]
     return [
         "The smallest signature on the path that reaches the log-loss that every method reaches in that cell: of the "
@@ -112,27 +123,37 @@ def _equal_loss(signed: dict[str, list[Run]]) -> list:
     ]
 
 
-def _one_backbone(signed: dict[str, list[Run]], stability: dict[Path, dict], n_subsamples: int) -> list:
+def _one_backbone(signed: dict[str, list[Run]]) -> list:
     rows = []
     for title, runs in signed.items():
         for held_out in dict.fromkeys(run.held_out for run in runs):
             chosen = [run for run in runs if run.held_out == held_out]
-            refits, halves = [run.results["signature"] for run in chosen], [stability[run.folder] for run in chosen]
+            refits = [run.results["signature"] for run in chosen]
             pairs = zip(*(f["jaccard_pairs"] or [] for f in refits), strict=True)
-            interval = [np.mean(ends) for ends in zip(*(f["nogueira_interval"] for f in halves), strict=True)]
-            of_refits = {name: _mean([f[name] for f in refits], 2) for name in ("chance_jaccard", "nogueira")}
+            of_refits = [_mean([f[name] for f in refits], 2) for name in ("chance_jaccard", "nogueira")]
             counts = [_mean([f[name] for f in refits], 0) for name in ("size", "live")]
             shown = ", ".join(_mean(pair, 2) for pair in pairs)
-            of_halves = [_mean([f["nogueira"] for f in halves], 2), "[{:.2f}, {:.2f}]".format(*interval)]
-            rows.append([title, domain_name(held_out), *counts, shown, *of_refits.values(), *of_halves])
+            row = [title + star(chosen), domain_name(held_out), *counts, shown, *of_refits]
+            rows.append([*row, *_halves([run.folder / STABILITY for run in chosen])])
     head = ["method", "held out", "size", "live", "Jaccard of pairs", "by chance", "Nogueira"]
     return [
         "Each network's signature refitted on its own embeddings, over live dimensions: leaving out one training "
-        f"magnification each (all pairs), and on {n_subsamples} halves of the patients. The interval of the latter is "
-        "a Monte Carlo one, conditional on the cohort: it holds the chance of the halves and not that of other "
-        "patients. Means over folds and seeds.",
-        Table([*head, "Nogueira, halves", "its interval"], rows),
+        "magnification each (all pairs), and on halves of the patients (magdg report --refits 30). Jaccard depends on "
+        "the size and has no correction for chance, Nogueira's index has: 0 is chance, above 0.75 is excellent. The "
+        "interval of the halves is a Monte Carlo one, conditional on the cohort: it holds the chance of the halves and "
+        "not that of other patients. Means over folds and seeds.",
+        Table([*head, "halves", "Nogueira, halves", "its interval"], rows),
     ]
+
+
+def _halves(files: list[Path]) -> list[str]:
+    """How many refits by halves each of these cells keeps, and their agreement; dashes unless all of them have some."""
+    if not all(file.exists() for file in files):
+        return ["-"] * 3
+    kept = [json.loads(file.read_text()) for file in files]
+    counts = ", ".join(str(n) for n in sorted({found["subsamples"] for found in kept}))
+    low, high = (_mean([found["nogueira_interval"][end] for found in kept], 2) for end in (0, 1))
+    return [counts, _mean([found["nogueira"] for found in kept], 2), f"[{low}, {high}]"]
 
 
 def _between_networks(signed: dict[str, list[Run]]) -> list:
@@ -140,11 +161,14 @@ def _between_networks(signed: dict[str, list[Run]]) -> list:
     for title, runs in signed.items():
         networks = {run: SignedNetwork.from_cell(run.folder) for run in runs}
         for a, b in combinations(runs, 2):
-            if a.key[1:] == b.key[1:]:  # held-outs of one fold and seed
+            common = np.intersect1d(networks[a].keys, networks[b].keys)  # none where there are two domains only
+            if a.key[1:] == b.key[1:] and len(common) >= 3:  # held-outs of one fold and seed
                 pair = f"{domain_name(a.held_out)} and {domain_name(b.held_out)}"
                 for by in ("index", "matching"):
                     if by == "matching" or networks[a].initial_sha256 == networks[b].initial_sha256:
                         found[title, pair, by].append(compare_networks(networks[a], networks[b], by))
+    if not found:
+        return ["No two networks of one fold and seed share training images."]
     rows = []
     for (title, pair, by), compared in found.items():
         good = [c for c in compared if c["comparable"]]
@@ -152,7 +176,7 @@ def _between_networks(signed: dict[str, list[Run]]) -> list:
         kept = np.mean([min(k / max(size, 1) for k, size in zip(c["kept"], c["sizes"], strict=True)) for c in compared])
         figures = [_mean([c[name] for c in good], 2) for name in ("jaccard", "chance_jaccard", "nogueira")]
         units = [_mean([c["correlation"] for c in compared], 2), share, f"{len(good)} of {len(compared)}"]
-        rows.append([title, pair, by, *units, f"{kept:.2f}", *figures])
+        rows.append([title + star(signed[title]), pair, by, *units, f"{kept:.2f}", *figures])
         if not good:
             rows[-1][-3:] = ["not comparable", "-", "-"]
     head = [
@@ -179,4 +203,4 @@ def _between_networks(signed: dict[str, list[Run]]) -> list:
 
 def _mean(values: Iterable[float | None], digits: int) -> str:
     known = [value for value in values if value is not None and np.isfinite(value)]
-    return f"{np.mean(known):.{digits}f}" if known else "-"
+    return number(float(np.mean(known)) if known else None, digits)

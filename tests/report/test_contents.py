@@ -12,10 +12,15 @@ import safetensors.numpy
 
 from magnification_invariant import metrics
 from magnification_invariant.cli import main
+from magnification_invariant.data import load_breakhis
+from magnification_invariant.data.images import EncodedImages
 from magnification_invariant.records import evaluate, prediction_table, write_json
+from magnification_invariant.report import signatures
 from magnification_invariant.report.contents import compare, default_pairs, sections
+from magnification_invariant.report.dimensions import PARTS, measure
 from magnification_invariant.report.page import page, write
 from magnification_invariant.report.runs import by_title, difference, estimate, read_runs, spread
+from magnification_invariant.signatures import SignatureProjector, write_embeddings
 
 PATIENTS, IMAGES = 24, 2
 
@@ -45,7 +50,9 @@ def write_cell(root, method, held_out, fold=0, seed=0, *, skill=1.0, start=None)
     safetensors.numpy.save_file(tensors, folder / "embeddings.safetensors")
     last = records.filter(pa.array(np.asarray(records["epoch"]) == 1))
     results = {"temperature": 1.5, "parts": evaluate(last, 1.5), "uncalibrated": evaluate(last)}
-    results["signature"] = {"size": 2, "width": 3, "live": 3, "jaccard": 0.5, "nogueira": 0.4}
+    results["signature"] = {"size": 1 + (method == "erm"), "width": 3, "live": 3, "jaccard": 0.5, "nogueira": 0.4}
+    results["signature"] |= {"chance_jaccard": 0.1, "jaccard_pairs": [0.5] * 3, "test": results["parts"]["test"]}
+    results["signature"]["curve"] = {"size": [0, 1, 2], "val": [0.7, 0.6, 0.5], "test": [0.7, 0.6, 0.5]}
     write_json(folder / "results.json", results)
     arguments = {"method": method, "zoom": False, "held_out": held_out, "fold": fold, "seed": seed, "data": "d"}
     config = {
@@ -127,6 +134,72 @@ def test_what_the_report_says(cells, tmp_path):
     assert any(rule.startswith("oracle") for rule in rules) and "last epoch (primary)" in rules
     files = write(tmp_path, "report", "Title", found.items())
     assert all(file.stat().st_size for file in files)
+
+
+def test_the_command_reads_signatures_and_refits_them_when_asked(cells, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(signatures, "patient_stability", lambda folder, n: asked.append((folder.name, n)))
+    monkeypatch.setattr(signatures, "_between_networks", lambda signed: [f"compared: {', '.join(signed)}"])
+    command = ["report", str(cells), "--output-dir", str(tmp_path)]
+    assert main(command) == 0 and not asked
+    text = (tmp_path / "report.md").read_text()
+    rows = [line for line in text.partition("## Signatures\n")[2].partition("\n## ")[0].splitlines() if "| " in line]
+    groups = by_title(read_runs([cells]))
+    for row, title, size in zip(rows[1:], ("dann", "erm"), (1, 2), strict=True):
+        cells_of_row = [cell.strip() for cell in row.strip("|").split("|")]
+        auc = np.mean([run.results["parts"]["test"]["patient_balanced"]["auc"] for run in groups[title]])
+        star = " *" * (title == "dann")  # its start had seen the test
+        assert cells_of_row[:5] == [title + star, "4", "0", f"{size} ({size}-{size})", "3"]
+        assert cells_of_row[-3] == f"{auc:.3f}"
+    assert "Stability between networks" not in text
+    assert main([*command, "--refits", "30"]) == 0
+    assert sorted(asked) == sorted((run.folder.name, 30) for run in read_runs([cells]))
+    assert "compared: dann, erm" in (tmp_path / "report.md").read_text()
+
+
+def test_the_command_writes_what_dimensions_respond_to(breakhis_tree, tiny_model, tmp_path, capsys):
+    """Three dimensions that are known: the magnification, the haematoxylin of an image, and its row."""
+    pytest.importorskip("skimage")
+    ds, cell, projector = (
+        load_breakhis(breakhis_tree),
+        tmp_path / "cell",
+        SignatureProjector.from_pretrained(tiny_model),
+    )
+    rows = np.random.default_rng(0).permutation(len(ds))
+    embedding = np.zeros((len(ds), projector.width), np.float32)
+    known = np.log(ds["magnification"]), measure(EncodedImages(ds), np.arange(len(ds)), np.array(ds["mpp"]))[:, 3]
+    for dimension, values in zip(projector.indices, (*known, np.arange(len(ds))), strict=True):
+        embedding[:, dimension] = values
+    columns = {"filename": "filename", "patient": "patient", "label": "label", "domain": "magnification"}
+    parts = {}
+    for part, of in zip(PARTS, np.split(rows, [8, 16]), strict=True):
+        keys = {name: np.array(ds[column])[of] for name, column in columns.items()}
+        parts[part] = [embedding[of]], {"row": of} | keys
+    shutil.copytree(tiny_model, cell / "model")
+    write_embeddings(cell / "embeddings.safetensors", parts, embedding="penultimate")
+    runs, out = write_cell(tmp_path, "erm", 200), tmp_path / "out"
+    command = ["report", str(runs), "--output-dir", str(out), "--dimensions", str(cell), "--data", str(breakhis_tree)]
+    assert main(command) == 2 and f"{cell} is no finished cell" in capsys.readouterr().err
+    for name in ("config.json", "results.json"):
+        (cell / name).write_text("{}")
+
+    assert main(command) == 0
+    assert {file.name for file in out.glob("*.*")} == {"report.md", "report.html", "dimensions.md", "dimensions.html"}
+    text = (out / "dimensions.md").read_text()
+    assert text.startswith("# What the signature of cell responds to\n")
+    table = [line for line in text.splitlines() if line.startswith(("| 3 ", "| 10 ", "| 40 "))]
+    found = {row[0]: row[1:] for row in ([cell.strip() for cell in line.strip("|").split("|")] for line in table)}
+    assert list(found) == ["10", "3", "40"]  # by weight
+    assert [found[d][0] for d in found] == ["benign", "malignant", "malignant"]
+    assert found["3"][1] == "+1.00" and found["10"][-1] == "+1.00"
+    assert abs(float(found["40"][1])) < 0.9
+    assert len(list((out / "dimensions").glob("*.png"))) == (out / "dimensions.html").read_text().count("<img ") == 3
+
+    other = tmp_path / "other"
+    shutil.copytree(breakhis_tree, other)
+    next(other.rglob("*.png")).unlink()
+    assert main([*command[:-1], str(other)]) == 2
+    assert f"{cell} was made from another table than this one" in capsys.readouterr().err
 
 
 def test_a_method_cannot_inject_html(tmp_path):

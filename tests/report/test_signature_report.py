@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from magnification_invariant.cli import main
 from magnification_invariant.data import load_breakhis, load_virtual_slides
 from magnification_invariant.lomo import Cell, run_cell
-from magnification_invariant.report.dimensions import MORPHOLOGY, dimension_page, dimension_sections
+from magnification_invariant.report.dimensions import MORPHOLOGY, dimension_sections
 from magnification_invariant.report.page import Picture, Table
+from magnification_invariant.report.runs import read_runs
 from magnification_invariant.report.signatures import STABILITY, patient_stability, signature_sections
 from magnification_invariant.search import retrieval
 from magnification_invariant.signatures import SignatureProjector, about_embeddings, read_embeddings
@@ -22,14 +24,19 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def ds(tmp_path_factory):
+def slides(tmp_path_factory):
     """Small virtual slides whose class anybody can see: malignant ones are darker and bluer."""
     root = tmp_path_factory.mktemp("slides")
     load_virtual_slides(24, images_per_magnification=1, size=(105, 69), write_to=root, workers=1)
     for file in root.rglob("*/malignant/**/*.png"):
         pixels = np.asarray(Image.open(file)) * np.array([0.6, 0.75, 1.0])
         Image.fromarray(pixels.astype(np.uint8)).save(file)
-    return load_breakhis(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def ds(slides):
+    return load_breakhis(slides)
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +67,14 @@ def test_the_tables(runs):
     known = json.loads((folder / "results.json").read_text())["signature"]
     assert 0 < known["size"] < known["live"] <= known["width"] == 96
     assert len(known["curve"]["size"]) == len(known["curve"]["val"]) == len(known["curve"]["test"]) == 30
-    sections = dict(signature_sections([runs], n_subsamples=4))
+    sections = dict(signature_sections(read_runs([runs]), 4))
     tables = {heading: blocks[-1] for heading, blocks in sections.items()}
     (sizes,) = tables["Signatures"].rows
-    assert sizes[0] == "erm" and sizes[1] == "2" and sizes[3] == "96"
+    assert sizes[:3] == ["erm", "2", "0"] and sizes[4] == "96"
     other = json.loads((runs / "erm-lomo400-fold0-seed0" / "results.json").read_text())["signature"]
-    assert sizes[2].startswith(f"{(known['size'] + other['size']) / 2:.0f} (")
+    assert sizes[3].startswith(f"{(known['size'] + other['size']) / 2:.0f} (")
     auc = np.mean([signature["test"]["patient_balanced"]["auc"] for signature in (known, other)])
-    assert sizes[8] == f"{auc:.3f}"
+    assert sizes[9] == f"{auc:.3f}"
     assert [row[1] for row in tables["Stability on one backbone"].rows] == ["200X", "400X"]
     assert tables["Stability on one backbone"].rows[0][4].count(",") == 2  # three training magnifications: three pairs
     assert [row[1:3] for row in tables["Stability between networks"].rows] == [
@@ -130,6 +137,21 @@ def test_the_page_of_the_dimensions(ds, runs):
     truth = [block for block in sections["The generator's own parameters"] if isinstance(block, Table)]
     assert len(truth) == 2 and len(truth[1].rows) == 4
     assert all(isinstance(block, Picture) for block in sections["Images"])
-    assert dimension_page(folder, ds).count("<img") == min(8, len(projector.indices))
     with pytest.raises(ValueError, match="another table"):
         dimension_sections(folder, ds.select(range(50)))
+
+
+def test_the_command_writes_both_pages(slides, runs, tmp_path):
+    pytest.importorskip("skimage")
+    folder = runs / "erm-lomo200-fold0-seed0"
+    command = ["report", str(runs), "--refits", "4", "--dimensions", str(folder), "--data", str(slides)]
+    assert main([*command, "--output-dir", str(tmp_path)]) == 0
+    size = len(SignatureProjector.from_pretrained(folder / "model").indices)
+    assert (tmp_path / "dimensions.html").read_text().count("<img") == min(8, size)
+    headings = [line for line in (tmp_path / "report.md").read_text().splitlines() if line.startswith("## S")]
+    assert headings == [
+        "## Signatures",
+        "## Signatures at equal loss",
+        "## Stability on one backbone",
+        "## Stability between networks",
+    ]
