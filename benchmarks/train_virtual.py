@@ -13,15 +13,17 @@ run is a cell as `magdg lomo` makes them, with nothing held out; what follows fr
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
+SCORES = ROOT / "benchmarks" / "results" / "real_tissue_scores.json"
 CONFIRMATION = 10_000  # first patient
 SHOWN = ("README.md", "config.json", "results.json", "calibration.png", "roc.png")
 
@@ -66,12 +68,15 @@ def add_magnifications(folder: Path, magnifications: np.ndarray) -> None:
 
 
 def halve(folder: Path) -> None:
-    """Replace the weights by float16 ones (vectors stay float32), and the fixture's logits by those that they give."""
+    """Replace the weights by float16 ones (vectors stay float32); fixture and signature are then of these."""
     import safetensors.torch
+    import timm
     from PIL import Image
 
     from magnification_invariant.model_folder import logits_of
     from magnification_invariant.records import write_json
+    from magnification_invariant.signatures import SignatureProjector
+    from magnification_invariant.signatures.projector import weights_digest
 
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     weights = {name: value.half() if value.dim() > 1 else value for name, value in weights.items()}
@@ -81,6 +86,21 @@ def halve(folder: Path) -> None:
         logits = logits_of(folder, image)
     print(f"float16 changes the fixture's logits by {np.abs(np.subtract(logits, fixture['logits'])).max():.2g}")
     write_json(folder / "fixture.json", fixture | {"logits": logits})
+    if (folder / "signature.json").exists():
+        digest = weights_digest(timm.create_model(f"local-dir:{folder}", pretrained=True))
+        replace(SignatureProjector.from_pretrained(folder), weights_sha256=digest).save_pretrained(folder)
+
+
+def add_real_tissue(folder: Path, weights: Path) -> None:
+    """Add to the results what `real_tissue.py --score locked` said of these weights, if it did."""
+    from magnification_invariant.records import write_json
+
+    scores = json.loads(SCORES.read_text()) if SCORES.exists() else []
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    for score in scores:
+        if score["half"] == "locked" and score["weights_sha256"] == digest:
+            results = json.loads((folder / "results.json").read_text())
+            write_json(folder / "results.json", results | {"real_tissue": score})
 
 
 def package(run: Path, weights: Path, cards: Path) -> Path:
@@ -89,7 +109,9 @@ def package(run: Path, weights: Path, cards: Path) -> Path:
     from magnification_invariant.model_folder import read_model_config
     from magnification_invariant.models import HUB_NAMESPACE
 
-    name = read_model_config(str(run / "model" if (run / "model").is_dir() else run))["name"]
+    model = run / "model" if (run / "model").is_dir() else run
+    name = read_model_config(str(model))["name"]
+    add_real_tissue(run, model / "model.safetensors")
     unfinished = weights / f".{name}"
     shutil.rmtree(unfinished, ignore_errors=True)
     stage(run, f"{HUB_NAMESPACE}/{name}", unfinished)
