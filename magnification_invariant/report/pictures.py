@@ -120,17 +120,17 @@ def lines(curves: dict[str, tuple[np.ndarray, np.ndarray]], xlabel: str, ylabel:
 
 
 def zoom(curves: dict[str, dict], trained: tuple[float, float], seen: np.ndarray, unseen: np.ndarray, path) -> None:
-    """AUC, Brier and CKA against um/px: a row of panels a variant, a colour a method, a line of its own each source.
+    """AUC, Brier and CKA against um/px: a row of panels a way to show, a colour a method, a line each source.
 
     Args:
-        curves: of each method, see `report.zoom.points_of`.
+        curves: of each method, (way to show, source) to points, see `report.zoom.points_of`.
         trained: the range of um/px trained on, grey.
         seen: um/px of the acquisitions trained on, ticks below.
         unseen: um/px of the one held out, dashed.
     """
-    variants = list(dict.fromkeys(variant for of_method in curves.values() for variant, _ in of_method))
-    figure, axes = _figure(3 * len(variants), 4.2, 3.4)
-    for axis, (variant, name) in zip(axes, product(variants, ("auc", "brier", "cka")), strict=True):
+    ways = list(dict.fromkeys(way for of_method in curves.values() for way, _ in of_method))
+    figure, axes = _figure(3 * len(ways), 4.2, 3.4)
+    for axis, (way, name) in zip(axes, product(ways, ("auc", "brier", "cka")), strict=True):
         axis.axvspan(*trained, color="0.93", lw=0)
         for mpp in seen:
             axis.axvline(mpp, 0, 0.06, color="0.3", lw=1.5)
@@ -138,17 +138,21 @@ def zoom(curves: dict[str, dict], trained: tuple[float, float], seen: np.ndarray
             axis.axvline(mpp, color="0.4", lw=1, ls="--")
         for i, (title, of_method) in enumerate(curves.items()):
             label = title
-            for (_, source), points in ((key, points) for key, points in of_method.items() if key[0] == variant):
+            for (_, source), points in ((key, points) for key, points in of_method.items() if key[0] == way):
                 x, y = ([getattr(point, n) for point in points] for n in ("mpp", name))
                 if name != "cka":
                     y, low, high = np.array(y).T
                     axis.fill_between(x, low, high, color=f"C{i}", alpha=0.15, lw=0)
                 axis.plot(x, y, "o-", color=f"C{i}", ms=3, lw=1.2, label=label)
-                axis.annotate(source, (x[-1], y[-1]), fontsize=6, color=f"C{i}")
+                axis.annotate("" if source == "virtual" else source, (x[-1], y[-1]), fontsize=6, color=f"C{i}")
                 label = None  # one entry of the legend a method
         labels = {"auc": "AUC", "brier": "Brier", "cka": "CKA with the reference"}
         axis.set(xscale="log", xlabel="um/px at the network's input", ylabel=labels[name])
-        axis.set_title(variant, fontsize=9)
+        low, high = axis.get_xlim()
+        ticks = [tick for tick in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if low <= tick <= high]
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.set_xticks([], minor=True)
+        axis.set_title(way, fontsize=9)
         axis.legend(fontsize=7)
     figure.savefig(path, dpi=100)
 

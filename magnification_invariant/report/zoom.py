@@ -14,7 +14,7 @@ from magnification_invariant.metrics.intervals import Interval
 from magnification_invariant.records import POSITIVE, ZOOM
 from magnification_invariant.report import pictures
 from magnification_invariant.report.page import Picture, Table, number
-from magnification_invariant.report.runs import Run
+from magnification_invariant.report.runs import Run, star
 
 SHOWN = {
     "rendered": "virtual, drawn anew",
@@ -53,11 +53,7 @@ def zoom_blocks(networks: dict[str, list[Run]]) -> list:
                 groups[run.held_out, trained_range(run)].setdefault(title, []).append(run)
     rows, drawn = [], []
     for (held_out, trained), methods in sorted(groups.items(), key=lambda item: (str(item[0][0]), item[0][1])):
-        unseen = {domain_name(held_out): f"{domain_name(held_out)} (unseen)"}
-        curves = {
-            title: {(variant, unseen.get(source, source)): points for (variant, source), points in of_title.items()}
-            for title, of_title in ((title, points_of(runs)) for title, runs in methods.items())
-        }
+        curves = {title: _named(points_of(runs), domain_name(held_out)) for title, runs in methods.items()}
         first = next(iter(methods.values()))[0]
         marks = [np.unique(first.part(part)["mpp"].round(6)) for part in ("val", "test")]
         caption = (
@@ -67,8 +63,9 @@ def zoom_blocks(networks: dict[str, list[Run]]) -> list:
         name = f"zoom_{domain_name(held_out)}_{trained[0]:.3g}-{trained[1]:.3g}"
         drawn.append(Picture.drawn(name, caption, pictures.zoom, curves, trained, *marks))
         for title, of_title in curves.items():
-            for (variant, source), points in of_title.items():
-                rows.append([title, domain_name(held_out), SHOWN[variant], source, *_cells(points)])
+            for (shown, source), points in of_title.items():
+                name = title + star(methods[title])
+                rows.append([name, domain_name(held_out), shown, source, *_cells(points)])
     if not rows:
         return []
     head = ["method", "held out", "shown", "source", "um/px"]
@@ -83,6 +80,11 @@ def zoom_blocks(networks: dict[str, list[Run]]) -> list:
         *drawn,
         Table([*head, "lowest CKA"], rows),
     ]
+
+
+def _named(curves: dict[tuple[str, str], list[Point]], unseen: str) -> dict[tuple[str, str], list[Point]]:
+    mark = {unseen: f"{unseen} (unseen)"}
+    return {(SHOWN[variant], mark.get(source, source)): points for (variant, source), points in curves.items()}
 
 
 def trained_range(run: Run) -> tuple[float, float]:
