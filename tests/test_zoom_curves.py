@@ -170,7 +170,7 @@ def slides(tmp_path_factory):
     return root
 
 
-def write_cell(folder, model, ds, held_out=400):
+def write_cell(folder, model, ds, held_out=100):
     """A cell of a model that was not trained: what zoom curves need of it."""
     shutil.copytree(model, folder / "model")
     split = leave_one_magnification_out(ds, held_out, n_folds=4)
@@ -194,7 +194,7 @@ def test_virtual_tissue_is_drawn_anew_at_every_scale(slides, tiny_model, tmp_pat
     found = pq.read_table(tmp_path / "cell" / "zoom.parquet")
     assert json.loads(found.schema.metadata[b"about"])["mpp_range"] == [0.2, 0.8]
     found = found.to_pandas()
-    assert set(found.filename) == set(ds.select(split.test)["filename"])  # the finest magnification, tested patients
+    assert set(found.filename) == set(ds.select(split.test_source)["filename"])  # tested patients, finest magnification
     assert np.unique(found.mpp) == pytest.approx(np.geomspace(0.1, 1.6, 9))
     assert found.field.tolist() == pytest.approx((64 * found.mpp).tolist())
     assert set(found[found.reference].mpp) == {found.mpp[found.mpp >= 0.2 * 0.999].min()}
