@@ -15,6 +15,7 @@ class CORAL(Task):
     aligned, as in the paper (DomainBed adds their distance, and leaves out the factor 1/4).
 
     A domain with fewer than two images in the batch has no covariance, and its pairs are left out of the sum.
+    With several processes each aligns the covariances of its own share of the batch: no mean over all images.
 
     Args:
         gamma: weight of the alignment.
