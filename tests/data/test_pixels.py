@@ -103,7 +103,7 @@ def test_two_processes_share_one_cache(tmp_path):
     workers = [context.Process(target=_build, args=(tmp_path / "cache", str(path), queue)) for _ in range(2)]
     for worker in workers:
         worker.start()
-    sums = {queue.get(timeout=60) for _ in workers}
+    sums = {queue.get(timeout=300) for _ in workers}
     for worker in workers:
         worker.join()
     assert len(sums) == 1
@@ -165,7 +165,7 @@ def test_a_killed_build_goes_on(many, tmp_path):
     context = multiprocessing.get_context("fork")
     worker = context.Process(target=_die_at_row_20, args=(tmp_path / "cache", ds))
     worker.start()
-    worker.join(timeout=60)
+    worker.join(timeout=300)
     assert worker.exitcode == 9
     assert list((tmp_path / "cache").glob("*.tmp"))
     assert np.array_equal(PixelCache(ds, 20, folder=tmp_path / "cache").pixels.numpy(), wanted)
