@@ -22,7 +22,7 @@ import platform
 import shlex
 import sys
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 MAGNIFICATIONS = (40, 100, 200, 400)
@@ -61,7 +61,7 @@ def main() -> None:
             f"a cohort has room for {COHORT_STEP} patients, and there is room for {TEST_OFFSET // COHORT_STEP}"
         )
 
-    from magnification_invariant.lomo import FLOORS, Cell, grid, run_grid
+    from magnification_invariant.lomo import FLOORS, grid, run_grid
     from magnification_invariant.records import ZOOM
     from magnification_invariant.zoom_curves import write_zoom_curves
 
@@ -76,18 +76,11 @@ def main() -> None:
         "split": str(split),
     }
     settings = json.loads(args.settings.read_text()) if args.settings else {}
-    arguments = {field.name for field in fields(Cell)}
-
-    def with_settings(cell: Cell) -> Cell:
-        own = settings.get(cell.method, {})
-        known = {name: value for name, value in own.items() if name in arguments}
-        return replace(cell, **known, options={name: value for name, value in own.items() if name not in arguments})
-
     rows = [(method, zoom == "on") for zoom in args.zoom for method in args.methods]
     blocks = {}
     for seed in args.seeds:
         cells = [
-            with_settings(cell)
+            cell.with_settings(settings.get(cell.method, {}))
             for method, zoom in rows
             for cell in grid([method], args.held_out, range(args.cohorts), [seed], zoom=zoom, **shared)
         ]

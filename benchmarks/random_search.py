@@ -18,7 +18,6 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from zlib import crc32
 
@@ -91,15 +90,11 @@ def main() -> None:
         first_patient=args.first_patient,
         size=(args.width, round(args.width * 46 / 70)),
     )
-    arguments = {field.name for field in fields(Cell)}
     base = {"epochs": args.epochs, "image_size": args.image_size, "learning_rate": args.learning_rate}
 
     def cell(method: str, held_out: int, trial: int) -> Cell:
-        changed = settings(method, trial)
-        own = {name: value for name, value in changed.items() if name not in arguments}
         model = args.frozen_model if method == "frozen" else args.model
-        known = {name: value for name, value in changed.items() if name in arguments}
-        return Cell(method, held_out, model=model, options=own, **base | known)
+        return Cell(method, held_out, model=model, **base).with_settings(settings(method, trial))
 
     losses = {method: [] for method in args.methods}
     for trial in range(args.trials):

@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -158,10 +158,7 @@ def main() -> None:
     ds, split = virtual_split(args)
     shared = ("method", "model", "image_size", "epochs", "batch_size", "zoom", "mixed_precision", "threads")
     chosen = json.loads(args.settings.read_text())[args.method] if args.settings else {}
-    arguments = {field.name for field in fields(Cell)}
-    known = {name: value for name, value in chosen.items() if name in arguments}
-    own = {name: value for name, value in chosen.items() if name not in arguments}
-    cell = Cell(held_out=0, options=own, **{name: getattr(args, name) for name in shared} | known)
+    cell = Cell(held_out=0, **{name: getattr(args, name) for name in shared}).with_settings(chosen)
     print(f"{len(split.train)} images to train on, {len(split.val)} to validate, {len(split.test_source)} to test")
     print(json.dumps(asdict(cell)))
     if not is_finished(args.run, cell, ds):

@@ -125,6 +125,12 @@ class Cell:
     gan_epochs: int = 200
     options: dict = field(default_factory=dict, hash=False)
 
+    def with_settings(self, settings: dict) -> "Cell":
+        """This cell with settings by name: its own arguments are replaced, all others are options of the method."""
+        arguments = {each.name for each in fields(self)}
+        options = {name: value for name, value in settings.items() if name not in arguments}
+        return replace(self, **{k: v for k, v in settings.items() if k in arguments}, options=options)
+
     @property
     def name(self) -> str:
         method = self.method.replace(":", ".")
