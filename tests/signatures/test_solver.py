@@ -137,6 +137,19 @@ def test_constant_and_repeated_columns():
         assert kkt_violation(X, y, coef, intercept, penalty) <= 1.01e-7
 
 
+def test_an_embedding_of_low_rank_without_the_disease_is_solved_to_the_end():
+    """Coordinate descent crawls here: few directions carry nearly all variance, and the label needs the others."""
+    rng = np.random.default_rng(0)
+    spread = np.linspace(1, 150, 220)[:, None] ** -1.0
+    X = rng.standard_normal((360, 220)) @ (spread * rng.standard_normal((220, 220)))
+    X, y = (X - X.mean(axis=0)) / X.std(axis=0), rng.integers(0, 2, 360)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConvergenceWarning)
+        lambdas, coefs, intercepts = l1_logistic_path(X, y, max_iter=20)
+    assert np.count_nonzero(coefs[-1]) > 150
+    assert max(map(kkt_violation, [X] * 30, [y] * 30, coefs, intercepts, lambdas)) <= 1e-4
+
+
 def test_unfinished_work_is_said():
     X, y = problem()
     with pytest.warns(ConvergenceWarning, match="KKT conditions"):
