@@ -61,8 +61,9 @@ def main() -> None:
             f"a cohort has room for {COHORT_STEP} patients, and there is room for {TEST_OFFSET // COHORT_STEP}"
         )
 
-    from magnification_invariant.lomo import FLOORS, grid, run_grid
+    from magnification_invariant.lomo import grid, run_grid
     from magnification_invariant.records import ZOOM
+    from magnification_invariant.tasks.floors import FLOORS
     from magnification_invariant.zoom_curves import write_zoom_curves
 
     output = args.output_dir / f"nuisance{args.nuisance}"

@@ -272,9 +272,9 @@ def trained_model(args):
     import torch
 
     from magnification_invariant import PixelCache, fit, load_virtual_slides
+    from magnification_invariant.cells import RECIPES
     from magnification_invariant.data import cache_height
     from magnification_invariant.engine import FitConfig, TrainRows
-    from magnification_invariant.lomo import RECIPES
     from magnification_invariant.tasks import get_task
 
     if args.first_patient + args.patients > 10_000:

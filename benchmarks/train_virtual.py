@@ -153,7 +153,8 @@ def main() -> None:
             package(folder, args.weights, args.cards)
         return
 
-    from magnification_invariant.lomo import Cell, is_finished, run_cell
+    from magnification_invariant.cells import Cell, is_finished
+    from magnification_invariant.run_cell import run_cell
 
     ds, split = virtual_split(args)
     shared = ("method", "model", "image_size", "epochs", "batch_size", "zoom", "mixed_precision", "threads")

@@ -16,6 +16,8 @@ FLOORS = (
     {"models", "data", "metrics"},
     {"tasks", "signatures", "model_folder", "records"},
     {"engine"},
+    {"cells"},
+    {"run_cell"},
     {"lomo"},
     {"report", "explain", "hub", "classifier", "search"},
     {"app", "export", "doctor", "zoom_curves"},

@@ -65,12 +65,12 @@ def test_bad_input_is_an_error_in_one_line(breakhis_tree, tmp_path, capsys, argu
 
 
 def test_an_interrupted_run_says_how_to_go_on(breakhis_tree, tmp_path, capsys, monkeypatch):
-    import magnification_invariant.lomo as lomo
+    import magnification_invariant.run_cell as cell
 
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(lomo, "fit", stop)
+    monkeypatch.setattr(cell, "fit", stop)
     command = ["lomo", "--data", str(breakhis_tree), "--held-out", "40", "--folds", "0", *SMALL]
     assert main([*command, "--output-dir", str(tmp_path)]) == 130
     assert "same command" in capsys.readouterr().err

@@ -12,11 +12,16 @@ import timm
 import torch
 from PIL import Image
 
+from magnification_invariant import lomo
+from magnification_invariant import run_cell as cell_module
+from magnification_invariant.cells import Cell
 from magnification_invariant.data.breakhis import load_breakhis
 from magnification_invariant.data.splits import leave_one_magnification_out
-from magnification_invariant.lomo import FLOORS, PARTS, Cell, grid, run_cell, run_grid
+from magnification_invariant.lomo import grid, run_grid
 from magnification_invariant.model_folder import read_model_config
 from magnification_invariant.report.table import markdown, summarise
+from magnification_invariant.run_cell import PARTS, run_cell
+from magnification_invariant.tasks.floors import FLOORS
 
 CELL = Cell(
     "dann",
@@ -144,22 +149,20 @@ def test_grid_skips_what_is_finished_and_goes_on_after_a_failure(ds, tmp_path, m
         epochs=1,
     )
     assert [cell.method for cell in cells] == [*FLOORS, "erm", "dann"] * 2
-    import magnification_invariant.lomo as lomo
-
-    ran, real = [], lomo.fit
+    ran, real = [], cell_module.fit
 
     def fit(task, *args, **kwargs):
         ran.append(kwargs["description"])
         if kwargs["description"].startswith("erm-lomo40"):
-            raise lomo.Diverged("made for this test")
+            raise cell_module.Diverged("made for this test")
         return real(task, *args, **kwargs)
 
-    monkeypatch.setattr(lomo, "fit", fit)
+    monkeypatch.setattr(cell_module, "fit", fit)
     said = []
     folders = run_grid(cells, ds, tmp_path, say=said.append)
     assert len(folders) == 7 and "FAILED" in said[2] and "made for this test" in said[2]
     assert len(ran) == 4
-    monkeypatch.setattr(lomo, "fit", real)
+    monkeypatch.setattr(cell_module, "fit", real)
     assert len(run_grid(cells, ds, tmp_path, say=said.append)) == 8
     assert sum("skipped" in line for line in said) == 7
 
@@ -193,15 +196,13 @@ def test_a_folder_of_other_arguments_is_refused(ds, finished):
 
 def test_a_model_that_predicts_no_numbers_ends_its_cell_and_not_the_grid(ds, tmp_path, monkeypatch):
     """Its losses may have been numbers: BatchNorm in training hides what its running statistics have become."""
-    import magnification_invariant.lomo as lomo
-
-    real, said = lomo.predict, []
+    real, said = cell_module.predict, []
 
     def predict(model, *args, **kwargs):
         logits, embedding = real(model, *args, **kwargs)
         return (logits * np.nan if hasattr(model, "num_domains") and model.num_domains else logits), embedding
 
-    monkeypatch.setattr(lomo, "predict", predict)
+    monkeypatch.setattr(cell_module, "predict", predict)
     cells = [replace(CELL, epochs=1), replace(CELL, method="erm", epochs=1)]
     folders = run_grid(cells, ds, tmp_path, say=said.append)
     assert [folder.name for folder in folders] == [cells[1].name]
@@ -209,17 +210,15 @@ def test_a_model_that_predicts_no_numbers_ends_its_cell_and_not_the_grid(ds, tmp
 
 
 def test_only_a_collapsed_embedding_has_no_signature(ds, monkeypatch):
-    import magnification_invariant.lomo as lomo
-
     split = leave_one_magnification_out(ds, 200, n_folds=4)
     columns = {name: np.asarray(ds[name]) for name in ("label", "patient")} | {
         "domain": np.asarray(ds["magnification"])
     }
     flat = {part: np.ones((len(getattr(split, part)), 5)) for part in ("train", *PARTS)}
-    signature, results = lomo._signature(flat, split, columns)
+    signature, results = cell_module._signature(flat, split, columns)
     assert signature is None and "constant" in results["why_none"]
     with pytest.raises(ValueError, match="NaN"):
-        lomo._signature(flat | {"train": flat["train"] * np.nan}, split, columns)
+        cell_module._signature(flat | {"train": flat["train"] * np.nan}, split, columns)
 
 
 def test_one_training_magnification_is_too_few_for_an_adversary(ds, tmp_path):
@@ -231,8 +230,6 @@ def test_one_training_magnification_is_too_few_for_an_adversary(ds, tmp_path):
 
 
 def test_workers_take_gpus_in_turns(ds, tmp_path, monkeypatch):
-    import magnification_invariant.lomo as lomo
-
     taken = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -245,20 +242,18 @@ def test_workers_take_gpus_in_turns(ds, tmp_path, monkeypatch):
 def test_class_and_domain_that_tell_each_other_are_warned_of():
     import warnings
 
-    from magnification_invariant.lomo import _class_domain_information
-
     label = np.array([0, 0, 1, 1] * 4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert _class_domain_information(label, np.array([0, 1] * 8)) == pytest.approx(0, abs=1e-12)
+        assert cell_module._class_domain_information(label, np.array([0, 1] * 8)) == pytest.approx(0, abs=1e-12)
     with pytest.warns(UserWarning, match=r"share 1\.00 bits"):
-        assert _class_domain_information(label, label) == pytest.approx(1)
+        assert cell_module._class_domain_information(label, label) == pytest.approx(1)
     # three of four agree: by the definition
     domain = np.where(np.arange(16) % 4 == 0, 1, label)
     joint = np.array([[4, 4], [0, 8]]) / 16
     wanted = sum(p * np.log2(p / (joint[i].sum() * joint[:, j].sum())) for (i, j), p in np.ndenumerate(joint) if p)
     with pytest.warns(UserWarning, match="bits in the training rows"):
-        assert _class_domain_information(label, domain) == pytest.approx(wanted)
+        assert cell_module._class_domain_information(label, domain) == pytest.approx(wanted)
 
 
 def test_tensorboard_gets_what_metrics_jsonl_has(ds, tmp_path):

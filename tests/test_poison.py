@@ -11,10 +11,11 @@ import timm
 import torch
 from PIL import Image
 
+from magnification_invariant.cells import Cell
 from magnification_invariant.data.breakhis import load_breakhis
 from magnification_invariant.data.splits import leave_one_magnification_out
-from magnification_invariant.lomo import Cell, run_cell
 from magnification_invariant.metrics import select_epoch
+from magnification_invariant.run_cell import run_cell
 from magnification_invariant.tasks import TASKS, MagGAN
 
 CELL = Cell("erm", 200, n_folds=4, model="test_magdg_resnet", epochs=3, image_size=32, batch_size=8, gan_epochs=1)

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from magnification_invariant import engine
+from magnification_invariant.cells import Cell
 from magnification_invariant.data.breakhis import load_breakhis
-from magnification_invariant.lomo import Cell, run_cell, run_grid
+from magnification_invariant.lomo import run_grid
+from magnification_invariant.run_cell import run_cell
 
 CELL = Cell("dann", 200, n_folds=4, model="test_magdg_resnet", epochs=6, image_size=32, batch_size=8, gan_epochs=2)
 RECORDS = ("predictions.parquet", "embeddings.safetensors", "metrics.jsonl", "results.json", "model/model.safetensors")

@@ -75,7 +75,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def cell_arguments(args: argparse.Namespace) -> dict:
-    """The arguments of `lomo.Cell` that are the same for a whole grid."""
+    """The arguments of `cells.Cell` that are the same for a whole grid."""
     shared = ("model", "recipe", "zoom", "epochs", "batch_size", "learning_rate", "n_folds", "split_seed", "threads")
     shared += ("embedding", "pretrained_backbone", "allow_seen_init", "mixed_precision", "compile")
     shared += ("split", "weight_decay", "label_smoothing", "coeff", "coeff_schedule", "gan_epochs")

@@ -275,7 +275,8 @@ def test_without_groups_the_risk_is_said(slides, tmp_path):
 
 def test_two_scanners_are_enough(slides, tmp_path):
     """One domain to train on: the signature's refits then leave out patients."""
-    from magnification_invariant.lomo import Cell, run_cell
+    from magnification_invariant.cells import Cell
+    from magnification_invariant.run_cell import run_cell
 
     with pytest.warns(UserWarning, match="micrometres"):
         ds = load_table(slides / "table.csv", **NAMES)

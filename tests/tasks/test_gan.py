@@ -13,14 +13,15 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from magnification_invariant import engine
+from magnification_invariant.cells import Cell
 from magnification_invariant.data.breakhis import load_breakhis
 from magnification_invariant.data.pixels import PixelCache
 from magnification_invariant.data.splits import leave_one_magnification_out
 from magnification_invariant.engine import MEAN, STD, FitConfig, TrainRows, fit
-from magnification_invariant.lomo import Cell, run_cell
 from magnification_invariant.models.dcgan import Generator
 from magnification_invariant.report.pictures import curves
 from magnification_invariant.report.table import markdown, summarise
+from magnification_invariant.run_cell import run_cell
 from magnification_invariant.tasks import DCGAN, ERM, DegradedERM, MagGAN
 from magnification_invariant.tasks.gan import FIT, examine
 
