@@ -35,8 +35,9 @@ def _minimise_model(
     Given which entries of u are not 0 and their signs, the values solve a linear system. A gradient step from the
     last values says what they may be (a semi-smooth Newton method), which is right after a few rounds or circles. Then
     a feature-sign search (Lee et al., NeurIPS 2006) lowers the model until it is done: it solves for the signs it has,
-    goes there or to the best change of sign on the way, and lets one entry in wherever the others are at rest. Ends
-    where the KKT conditions of the model hold to `tol`.
+    goes there or to the best change of sign on the way, and lets others in wherever those are at rest: several at
+    once, or, where together they do not lower the model, the first of them. Ends where the KKT conditions of the model
+    hold to `tol`.
     """
     from scipy.linalg import cho_factor, cho_solve
 
@@ -55,13 +56,15 @@ def _minimise_model(
             return trial
 
     coef = min(coef, trial, key=lambda u: u @ (hessian @ u) / 2 - linear @ u + penalty * np.abs(u).sum())
+    share = 0.3  # of the largest violation: what enters together with it
     for _ in range(10 * len(coef)):  # it ends long before, if rounding does not stop it
         gradient = hessian @ coef - linear
         if _violation(gradient, coef, penalty) <= tol:
             break
         sign = np.sign(coef)
         if _violation(gradient[sign != 0], coef[sign != 0], penalty) <= tol:
-            enters = np.argmax(np.where(sign == 0, np.abs(gradient), 0))
+            excess = np.where(sign == 0, np.abs(gradient) - penalty, 0)
+            enters = excess >= excess.max() * share
             sign[enters] = -np.sign(gradient[enters])
         change = solved(sign) - coef
         crossing = np.flatnonzero(coef * (coef + change) < 0)
@@ -69,7 +72,9 @@ def _minimise_model(
         points = coef[:, None] + sizes * change[:, None]
         points[crossing, np.arange(len(crossing))] = 0.0
         value = sizes * (change @ gradient) + sizes**2 / 2 * (change @ hessian @ change)
-        coef = points[:, np.argmin(value + penalty * np.abs(points).sum(axis=0))]
+        value += penalty * (np.abs(points).sum(axis=0) - np.abs(coef).sum())
+        lower = value.min() < 0
+        coef, share = (points[:, np.argmin(value)], 0.3) if lower else (coef, 1.0)
     return coef
 
 
