@@ -8,7 +8,8 @@ slender nuclei make it guess too coarse a scale; it was chosen with those five i
 
 Measured on 120 other virtual fields of 0.04 to 1.6 um/px (version 7): within a factor of 3 for 98 % and of 2 for 89 %;
 no false warning (factor 4); a scale said ten times too coarse was noticed in 98 %, ten times too fine in 97 %.
-On the five photographs it is off by up to 3.2. How it does on other tissue is not known. So it may tell 40X from 400X, and does not tell 20X from 40X.
+On the five photographs it is off by up to 3.2. How it does on other tissue is not known. So it may
+tell 40X from 400X, and does not tell 20X from 40X.
 """
 
 import numpy as np

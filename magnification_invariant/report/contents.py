@@ -15,7 +15,7 @@ from magnification_invariant.data.splits import domain_name
 from magnification_invariant.metrics.intervals import FEWEST_PATIENTS, Difference
 from magnification_invariant.metrics.invariance import DomainProbe
 from magnification_invariant.report import pictures
-from magnification_invariant.report.page import Picture, Section, Table, number
+from magnification_invariant.report.page import Picture, Section, Table, interval, number
 from magnification_invariant.report.runs import (
     PRIMARY,
     Run,
@@ -127,8 +127,8 @@ def _conclusions(networks: dict[str, list[Run]], compared: list[Comparison]) -> 
     if compared:
         a, b, _, _, found, _ = compared[0]
         size = (
-            f"Brier {found.difference:+.4f} {_interval(found, '+.4f')}, p = {found.p_value:.4f} (lower is better; "
-            f"{_extent(networks[a])})."
+            f"Brier {found.difference:+.4f} {interval(found.low, found.high, '+.4f')}, p = {found.p_value:.4f} "
+            f"(lower is better; {_extent(networks[a])})."
         )
         if np.isnan(found.low):
             headline = (
@@ -182,7 +182,7 @@ def _beside_the_paper(groups: dict[str, list[Run]]) -> list:
         sizes = _mean(runs, "signature", "size"), _mean(runs, "signature", "width")
         rows.append(
             [method + star(runs), f"{held_out}X", "ours"]
-            + [f"{each.value:.3f} {_interval(each)}" for each in figures.values()]
+            + [f"{each.value:.3f} {interval(each.low, each.high)}" for each in figures.values()]
             + ["{:.0f} of {:.0f}".format(*sizes), number(_mean(runs, "signature", "jaccard"), 2)]
         )
     return [
@@ -208,7 +208,7 @@ def _by_held_out(groups: dict[str, list[Run]]) -> list:
             noted |= {mark for run in runs for mark in run.marks}
             rows.append(
                 [title + star(runs), domain_name(held_out), str(len(runs))]
-                + [f"{each.value:.3f} {_interval(each)}" for each in tested.values()]
+                + [f"{each.value:.3f} {interval(each.low, each.high)}" for each in tested.values()]
                 + [f"{gap:+.3f}" for gap in gaps]
                 + [number(spreads[name]) for name in ("seed", "fold")]
             )
@@ -229,7 +229,7 @@ def _differences(compared: list[Comparison]) -> list:
             "primary" if i == 0 else "secondary",
             each.text,
             f"{each.found.difference:+.4f}",
-            _interval(each.found, "+.4f"),
+            interval(each.found.low, each.found.high, "+.4f"),
             f"{each.found.p_value:.4f}",
             f"{each.adjusted:.4f}",
         ]
@@ -340,8 +340,8 @@ def _invariance(networks: dict[str, list[Run]]) -> list:
                 paired = paired and np.array_equal(_tested_embeddings(erm)[1]["filename"], of["filename"])
                 if paired and isinstance(probe(erm), DomainProbe):
                     found = metrics.probe_difference(read, probe(erm), of["label"], of["domain"], of["patient"])
-                    minus_erm = f"{found.difference:+.3f} {_interval(found, '+.3f')}"
-            read = f"{read.balanced_accuracy:.3f} {_interval(read)}"
+                    minus_erm = f"{found.difference:+.3f} {interval(found.low, found.high, '+.3f')}"
+            read = f"{read.balanced_accuracy:.3f} {interval(read.low, read.high)}"
         log = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[-1])
         mmd = metrics.class_conditional_mmd(embedding, of["label"], of["domain"])
         others = number(mmd, 4), number(log.get("domain_accuracy"))
@@ -414,7 +414,3 @@ def _mean(runs: list[Run], *path: str) -> float:
 
 def _legend(marks: set[str]) -> list[str]:
     return [f"* {'; '.join(sorted(marks))}"] if marks else []
-
-
-def _interval(found, digits: str = ".3f") -> str:
-    return "" if np.isnan(found.low) else f"[{found.low:{digits}}, {found.high:{digits}}]"

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from magnification_invariant import metrics
 from magnification_invariant.data.splits import domain_name
 from magnification_invariant.metrics.intervals import FEWEST_PATIENTS
-from magnification_invariant.report.page import Picture, Section, Table
+from magnification_invariant.report.page import Picture, Section, Table, interval
 from magnification_invariant.report.pictures import lines, reliability_of
 
 TEXTS = ("filename", "label", "patient", "part", "subtype", "domain", "magnification")
@@ -129,9 +129,10 @@ def _metrics(test: dict) -> list:
     rows = []
     for name, metric in metrics.METRICS.items():
         found = metrics.cluster_interval(name, test["label"], test["probability"], test["patient"])
-        interval = "-" if np.isnan(found.low) else f"[{found.low:.3f}, {found.high:.3f}]"
         by_image = metric(test["label"], test["probability"])
-        rows.append([name.replace("_", " "), f"{found.value:.4f}", interval, f"{by_image:.4f}"])
+        rows.append(
+            [name.replace("_", " "), f"{found.value:.4f}", interval(found.low, found.high) or "-", f"{by_image:.4f}"]
+        )
     n, benign, malignant = len(test["label"]), *(len(set(test["patient"][test["label"] == c])) for c in (0, 1))
     return [
         f"{n:,} images; {benign} patients with benign and {malignant} with malignant images. Patient-balanced: every "

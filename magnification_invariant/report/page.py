@@ -152,3 +152,8 @@ def _stem(name: str) -> str:
 def number(value: float | None, digits: int = 3) -> str:
     """A cell of a table: the value, or a dash where there is none."""
     return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def interval(low: float, high: float, digits: str = ".3f") -> str:
+    """``[low, high]``, or nothing where there is none."""
+    return "" if math.isnan(low) else f"[{low:{digits}}, {high:{digits}}]"

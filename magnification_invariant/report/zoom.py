@@ -13,7 +13,7 @@ from magnification_invariant.data.splits import domain_name
 from magnification_invariant.metrics.intervals import Interval
 from magnification_invariant.records import POSITIVE, ZOOM
 from magnification_invariant.report import pictures
-from magnification_invariant.report.page import Picture, Table, number
+from magnification_invariant.report.page import Picture, Table, interval, number
 from magnification_invariant.report.runs import Run, star
 
 SHOWN = {
@@ -129,5 +129,5 @@ def _cells(points: list[Point]) -> list[str]:
     cells = [f"{points[0].mpp:.3g} to {points[-1].mpp:.3g}, reference {reference.mpp:.3g}"]
     for name in ("auc", "brier"):
         for value, low, high in (getattr(point, name) for point in chosen):
-            cells.append(number(value) + ("" if np.isnan(low) else f" [{low:.3f}, {high:.3f}]"))
+            cells.append(f"{number(value)} {interval(low, high)}".rstrip())
     return [*cells, number(min(point.cka for point in points), 2)]
