@@ -23,6 +23,7 @@ def run(args) -> int:
     from magnification_invariant.lomo import grid, run_grid
     from magnification_invariant.model_folder import logits_of
     from magnification_invariant.report.pictures import curves, embedding_map, montage, reliability
+    from magnification_invariant.report.runs import Run
     from magnification_invariant.report.table import markdown, summarise
 
     print(
@@ -47,7 +48,7 @@ def run(args) -> int:
 
     montage(ds, args.output_dir / "slides.png")
     reliability([erm, dann], args.output_dir / "reliability.png")
-    curves([erm, dann], args.output_dir / "curves.png")
+    curves(map(Run, (erm, dann)), args.output_dir / "curves.png")
     embedding_map(erm, args.output_dir / "embedding_erm.png")
     embedding_map(dann, args.output_dir / "embedding_dann.png")
     print(f"\nPictures: {', '.join(str(path) for path in sorted(args.output_dir.glob('*.png')))}")

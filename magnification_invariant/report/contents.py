@@ -81,6 +81,7 @@ def sections(folders: Iterable[Path], pairs: list[tuple[str, str]] | None = None
             ("What embeddings tell of the acquisition", _invariance(networks)),
             *([("Zoom curves", curves)] if (curves := zoom_blocks(networks)) else []),
             *signature_sections(runs, refits),
+            ("Training", _training(networks)),
             ("Compute and provenance", _compute(groups)),
         ]
 
@@ -375,6 +376,17 @@ def _tested_embeddings(run: Run) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     names = ("label", "domain", "patient", "filename")
     of = {name: np.concatenate([columns[name] for columns in parts.values()]) for name in names}
     return np.concatenate([tensors[f"{part}.embedding"] for part in parts]), of
+
+
+def _training(networks: dict[str, list[Run]]) -> list:
+    runs = [run for group in networks.values() for run in group if (run.folder / "metrics.jsonl").exists()]
+    if not runs:
+        return ["No losses are recorded."]
+    caption = (
+        "Losses by epoch, means over runs; of adversaries also the coefficient of the gradient reversal and the domain "
+        "head's accuracy on its training batches, which is no evidence of invariance."
+    )
+    return [Picture.drawn("training", caption, pictures.curves, runs)]
 
 
 def _compute(groups: dict[str, list[Run]]) -> list:

@@ -1,5 +1,6 @@
 """Pictures of finished cells, as PNG: the last argument of each is a path, or a file open for writing bytes."""
 
+import io
 import json
 from collections.abc import Iterable
 from itertools import product
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import safetensors.numpy
+from PIL import Image
 
 from magnification_invariant import metrics
 from magnification_invariant.data.splits import domain_name
@@ -30,6 +32,14 @@ def _figure(n: int, width: float = 4.2, height: float = 4.0):
     return figure, axes[:n]
 
 
+def _save(figure, path) -> None:
+    """At most 256 colours, which makes a third of the bytes."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=100)
+    picture = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    picture.save(path, "PNG", optimize=True)
+
+
 def reliability(folders: Iterable[Path], path, part: str = "test") -> None:
     """Reliability as trained, at the fitted temperature and at the oracle's, a panel a row of the table.
 
@@ -51,7 +61,7 @@ def reliability(folders: Iterable[Path], path, part: str = "test") -> None:
             axis.plot(curve.predicted, curve.observed, **style, label=f"{label}, T={mean:.2f}, Brier {brier:.3f}")
         axis.set(title=title, xlabel="predicted probability of malignant", ylabel="observed share", aspect="equal")
         axis.legend(loc="upper left", fontsize=7)
-    figure.savefig(path, dpi=100)
+    _save(figure, path)
 
 
 def roc(runs: Iterable[Run], path, part: str = "test") -> None:
@@ -72,7 +82,7 @@ def roc(runs: Iterable[Run], path, part: str = "test") -> None:
             title=f"{domain_name(held_out)} held out", xlabel="1 - specificity", ylabel="sensitivity", aspect="equal"
         )
         axis.legend(loc="lower right", fontsize=8)
-    figure.savefig(path, dpi=100)
+    _save(figure, path)
 
 
 def _sensitivity(p: dict, grid: np.ndarray) -> np.ndarray:
@@ -93,7 +103,7 @@ def forest(lines: list[tuple[str, float, float, float]], xlabel: str, path) -> N
     axis.plot(value, y, "s", color="#2c7fb8", ms=5)
     axis.set(xlabel=xlabel, ylim=(-0.7, len(lines) - 0.3))
     axis.set_yticks(y, [line[0] for line in lines])
-    figure.savefig(path, dpi=100)
+    _save(figure, path)
 
 
 def reliability_of(label: np.ndarray, kinds: dict[str, np.ndarray], weight: np.ndarray, path) -> None:
@@ -105,7 +115,7 @@ def reliability_of(label: np.ndarray, kinds: dict[str, np.ndarray], weight: np.n
         axis.plot(curve.predicted, curve.observed, "o-", ms=4, label=name)
     axis.set(xlabel="predicted probability of malignant", ylabel="observed share", aspect="equal")
     axis.legend(loc="upper left", fontsize=8)
-    figure.savefig(path, dpi=100)
+    _save(figure, path)
 
 
 def lines(curves: dict[str, tuple[np.ndarray, np.ndarray]], xlabel: str, ylabel: str, path) -> None:
@@ -116,7 +126,7 @@ def lines(curves: dict[str, tuple[np.ndarray, np.ndarray]], xlabel: str, ylabel:
     axis.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
     if any(curves):
         axis.legend(fontsize=8)
-    figure.savefig(path, dpi=100)
+    _save(figure, path)
 
 
 def zoom(curves: dict[str, dict], trained: tuple[float, float], seen: np.ndarray, unseen: np.ndarray, path) -> None:
@@ -154,7 +164,7 @@ def zoom(curves: dict[str, dict], trained: tuple[float, float], seen: np.ndarray
         axis.set_xticks([], minor=True)
         axis.set_title(way, fontsize=9)
         axis.legend(fontsize=7)
-    figure.savefig(path, dpi=100)
+    _save(figure, path)
 
 
 def embedding_map(folder: Path, path) -> None:
@@ -181,27 +191,33 @@ def embedding_map(folder: Path, path) -> None:
     for axis, title in ((left, "by class"), (right, "by magnification")):
         axis.set(title=f"{run.folder.name}\n{title}", xlabel="first component", ylabel="second component")
         axis.legend(fontsize=8)
-    figure.savefig(path, dpi=100)
+    _save(figure, path)
 
 
-def curves(folders: Iterable[Path], path: Path) -> None:
-    """Training losses and the coefficient by epoch, a panel a cell, and one before it for what it trained first."""
-    logs = [Path(folder) / f"{stage}.jsonl" for folder in folders for stage in ("prepare", "metrics")]
-    logs = [log for log in logs if log.exists()]
-    figure, axes = _figure(len(logs))
-    for axis, log in zip(axes, logs, strict=True):
-        lines = [json.loads(line) for line in log.read_text().splitlines()]
+def curves(runs: Iterable[Run], path) -> None:
+    """Training losses and the coefficient by epoch, means over runs.
+
+    A panel a row of the table, and one before it for what its runs trained first.
+    """
+    panels = {}
+    for title, group in by_title(runs).items():
+        for stage, what in (("prepare", f"{title}: trained first"), ("metrics", title)):
+            logs = [run.folder / f"{stage}.jsonl" for run in group]
+            if lines := [json.loads(line) for log in logs if log.exists() for line in log.read_text().splitlines()]:
+                panels[what] = lines
+    figure, axes = _figure(len(panels))
+    for axis, (title, lines) in zip(axes, panels.items(), strict=True):
+        epochs = sorted({line["epoch"] for line in lines})
         for name in sorted(lines[0].keys() - {"epoch", "loss", "learning_rate"}):
-            axis.plot([line["epoch"] for line in lines], [line[name] for line in lines], label=name.replace("_", " "))
-        axis.set(title=f"{log.parent.name}, {log.stem}", xlabel="epoch", ylim=(0, None))
+            mean = [np.mean([line[name] for line in lines if line["epoch"] == epoch]) for epoch in epochs]
+            axis.plot(epochs, mean, label=name.replace("_", " "))
+        axis.set(title=title, xlabel="epoch", ylim=(0, None))
         axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 def montage(ds, path: Path, width: int = 230) -> None:
     """One patient a class, one image a magnification, side by side: what the table looks like."""
-    from PIL import Image
-
     label, patient, magnification = (np.asarray(ds[name]) for name in ("label", "patient", "magnification"))
     columns, classes = np.unique(magnification), np.unique(label)
     height = round(width * 460 / 700)

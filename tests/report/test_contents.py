@@ -9,13 +9,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
+from PIL import Image
 
 from magnification_invariant import metrics
 from magnification_invariant.cli import main
 from magnification_invariant.data import load_breakhis
 from magnification_invariant.data.images import EncodedImages
 from magnification_invariant.records import evaluate, prediction_table, write_json
-from magnification_invariant.report import signatures
+from magnification_invariant.report import pictures, signatures
 from magnification_invariant.report.contents import compare, default_pairs, sections
 from magnification_invariant.report.dimensions import PARTS, measure
 from magnification_invariant.report.page import page, write
@@ -134,6 +135,24 @@ def test_what_the_report_says(cells, tmp_path):
     assert any(rule.startswith("oracle") for rule in rules) and "last epoch (primary)" in rules
     files = write(tmp_path, "report", "Title", found.items())
     assert all(file.stat().st_size for file in files)
+
+
+def test_training_curves_are_means_over_runs_of_every_stage(tmp_path, monkeypatch):
+    drawn, make = [], pictures._figure
+    monkeypatch.setattr(pictures, "_figure", lambda *n: drawn.append(make(*n)) or drawn[-1])
+    for seed in (0, 1):
+        folder = write_cell(tmp_path, "gan", 40, seed=seed)
+        logs = [{"epoch": k, "loss": 9.0, "class_loss": 1 / (k + 1) + seed, "coeff": k / 2} for k in range(3)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(log) + "\n" for log in logs))
+        (folder / "prepare.jsonl").write_text(json.dumps({"epoch": 0, "real_loss": 0.5}) + "\n")
+    pictures.curves(read_runs([tmp_path]), tmp_path / "curves.png")
+    ((_, (before, after)),) = drawn
+    assert "gan" in before.get_title() and [line.get_label() for line in before.lines] == ["real loss"]
+    assert {line.get_label(): list(line.get_ydata()) for line in after.lines} == {
+        "class loss": pytest.approx([1.5, 1.0, 1 / 3 + 0.5]),
+        "coeff": [0, 0.5, 1],
+    }
+    assert Image.open(tmp_path / "curves.png").format == "PNG"
 
 
 def test_the_command_reads_signatures_and_refits_them_when_asked(cells, tmp_path, monkeypatch):
