@@ -18,7 +18,6 @@ _PUBLIC = {
     "stability_selection": "stable_selection",
     "match_units": "networks",
     "same_units": "networks",
-    "across_networks": "networks",
 }
 
 __all__ = [*_PUBLIC]

@@ -7,7 +7,6 @@ of stability is neither: it is refits on one backbone, `refit_stability`.
 
 import json
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -166,9 +165,3 @@ def compare_networks(a: SignedNetwork, b: SignedNetwork, by: str) -> dict[str, A
         "kept": supports.sum(axis=1).tolist(),
         **scores,
     }
-
-
-def across_networks(folders: list[str | Path], by: str) -> list[dict[str, Any]]:
-    """`compare_networks` of all pairs of finished cells, six for the four held-out magnifications."""
-    networks = [SignedNetwork.from_cell(folder) for folder in folders]
-    return [compare_networks(a, b, by) for a, b in combinations(networks, 2)]

@@ -19,7 +19,7 @@ from magnification_invariant.report.signatures import STABILITY, patient_stabili
 from magnification_invariant.run_cell import run_cell
 from magnification_invariant.search import retrieval
 from magnification_invariant.signatures import SignatureProjector, about_embeddings, read_embeddings
-from magnification_invariant.signatures.networks import across_networks
+from magnification_invariant.signatures.networks import SignedNetwork, compare_networks
 
 pytestmark = pytest.mark.slow
 
@@ -90,7 +90,11 @@ def test_the_tables(runs):
 
 def test_networks_of_one_start_and_their_common_images(runs):
     folders = sorted(runs.glob("erm*"))
-    (found,) = across_networks(folders, "index")
+
+    def compared(by: str) -> dict:
+        return compare_networks(*map(SignedNetwork.from_cell, folders), by)
+
+    found = compared("index")
     _, a = read_embeddings(folders[0] / "embeddings.safetensors", "train")
     _, b = read_embeddings(folders[1] / "embeddings.safetensors", "train")
     assert found["images"] == len(set(a["filename"]) & set(b["filename"])) > 10
@@ -100,8 +104,8 @@ def test_networks_of_one_start_and_their_common_images(runs):
     try:
         config.write_text(json.dumps(changed))
         with pytest.raises(ValueError, match="started from different weights"):
-            across_networks(folders, "index")
-        assert across_networks(folders, "matching")[0]["images"] == found["images"]
+            compared("index")
+        assert compared("matching")["images"] == found["images"]
     finally:
         config.write_text(json.dumps(content))
 
