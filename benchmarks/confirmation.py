@@ -196,7 +196,8 @@ def report(args: argparse.Namespace, folders: list[Path]) -> None:
     name = "confirmation" + ("" if args.nuisance == 1 else f"_nuisance{args.nuisance}")
     contents = [("What was run", about), *sections(folders)]
     if args.nuisance != 1:  # the pictures of one strength are enough
-        contents = [(title, [b for b in blocks if not isinstance(b, Picture)]) for title, blocks in contents]
+        words = [(title, [b for b in blocks if not isinstance(b, Picture)]) for title, blocks in contents]
+        contents = [(title, blocks) for title, blocks in words if blocks]
     files = write(args.docs, name, f"Confirmation on virtual slides{trial}", contents, with_page=False)
     size = sum(path.stat().st_size for path in files)
     print(f"{args.docs / name}.md and {len(files) - 1} pictures, {size / 1e6:.2f} MB")
