@@ -4,11 +4,12 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
-from magnification_invariant.cli import main
+from magnification_invariant.cli import demo, main
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--model", "test_magdg_resnet", "--image-size", "32", "--batch-size", "8", "--threads", "1", "--n-folds", "4"]
@@ -62,6 +63,16 @@ def test_bad_input_is_an_error_in_one_line(breakhis_tree, tmp_path, capsys, argu
     assert main(["lomo", *defaults, *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("magdg: error: ") and message in error and "Traceback" not in error
+
+
+def test_warnings_are_lines_without_code(monkeypatch, capsys):
+    def warned(args):
+        print(warnings.formatwarning("few patients", UserWarning, "file.py", 7, "code"), end="")
+
+    python_way = warnings.formatwarning
+    monkeypatch.setattr(demo, "run", warned)
+    assert main(["demo"]) == 0 and capsys.readouterr().out == "magdg: warning: few patients\n"
+    assert warnings.formatwarning is python_way
 
 
 def test_an_interrupted_run_says_how_to_go_on(breakhis_tree, tmp_path, capsys, monkeypatch):

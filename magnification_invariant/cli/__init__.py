@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import warnings
 
 from magnification_invariant._version import __version__
 from magnification_invariant.cli import (
@@ -55,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     args = parser.parse_args(argv)
+    python_way, warnings.formatwarning = warnings.formatwarning, lambda text, *_, **__: f"magdg: warning: {text}\n"
     try:
         return args.run(args) or 0
     except KeyboardInterrupt:
@@ -68,3 +70,5 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:  # bad input: the message says what, where and what to do
         print(f"magdg: error: {error}", file=sys.stderr)
         return 2
+    finally:
+        warnings.formatwarning = python_way
