@@ -299,6 +299,10 @@ def paired_difference(
     counted in). For the AUC the scores are replaced by their ranks within their model and run first, as in Bandos,
     Rockette and Gur (Statistics in Medicine 24, 2005), because models may rank alike on different scales.
 
+    Interval and test ask two things. A model that shifts all its probabilities gains in one class what it loses in the
+    other; to the test these differences are noise, while the interval takes the classes' numbers of patients as given.
+    So p can be large where the interval leaves out 0. Conclude from what both support.
+
     Args:
         metric: As in `cluster_interval`.
         y_true: (n,) labels, 1 = malignant.

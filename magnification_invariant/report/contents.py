@@ -137,6 +137,8 @@ def _conclusions(networks: dict[str, list[Run]], compared: list[Comparison]) -> 
             )
         elif found.low <= 0 <= found.high:
             headline = f"These runs do not tell {a} and {b} apart, and are compatible with anything in the interval: "
+        elif found.p_value >= 0.05:
+            headline = f"Interval and test disagree, and nothing is concluded on {a} and {b}: "
         else:
             headline = f"On these patients {a} is {'better' if found.high < 0 else 'WORSE'} than {b}: "
         blocks.append(headline + size)
@@ -243,7 +245,10 @@ def _differences(compared: list[Comparison]) -> list:
         drawn.append(Picture.drawn(f"forest_{name}", caption, pictures.forest, lines, "difference"))
     return [
         "p-values come from swapping all of a patient's predictions, in all runs, between the methods (2,000 draws). "
-        f"The {len(compared) - 1} secondary tests are one family, adjusted by Holm's method.",
+        f"The {len(compared) - 1} secondary tests are one family, adjusted by Holm's method. Differences that cancel "
+        "between the classes, as where a method shifts all probabilities, are noise to the test but not to the "
+        "interval, which takes the classes' numbers of patients as given: p can be large where the interval leaves out "
+        "0.",
         Table(["", "difference", "estimate", "95 % interval", "p", "p adjusted"], rows),
         *drawn,
     ]

@@ -268,3 +268,14 @@ def test_coverage_at_the_sizes_of_breakhis(sizes, true_auc):
 @pytest.mark.parametrize("metric", ["brier", "auc"])
 def test_coverage_of_differences_at_the_size_of_breakhis(metric):
     assert coverage.paired_coverage(metric, 16, 54, None, simulations=400, n_draws=1) >= 0.93
+
+
+def test_differences_that_cancel_between_classes_are_noise_to_the_test_alone():
+    """Model a says 0.2 more than b of every patient: better in the malignant, about as much worse in the benign."""
+    rng = np.random.default_rng(0)
+    label = np.arange(100) % 2
+    b = np.clip(0.35 + 0.05 * rng.standard_normal(100), 0, 1)
+    found = paired_difference("brier", label, b + 0.2, b, np.arange(100))
+    assert found.high < 0 and found.p_value > 0.1
+    once = (b + 0.2 - label) ** 2 - (b - label) ** 2
+    assert found.difference == pytest.approx(once.mean()) and once[label == 1].max() < 0 < once[label == 0].min()

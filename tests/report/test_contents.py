@@ -15,8 +15,9 @@ from magnification_invariant import metrics
 from magnification_invariant.cli import main
 from magnification_invariant.data import load_breakhis
 from magnification_invariant.data.images import EncodedImages
+from magnification_invariant.metrics.intervals import Difference
 from magnification_invariant.records import evaluate, prediction_table, write_json
-from magnification_invariant.report import pictures, signatures
+from magnification_invariant.report import contents, pictures, signatures
 from magnification_invariant.report.contents import compare, default_pairs, sections
 from magnification_invariant.report.dimensions import PARTS, measure
 from magnification_invariant.report.page import page, write
@@ -135,6 +136,18 @@ def test_what_the_report_says(cells, tmp_path):
     assert any(rule.startswith("oracle") for rule in rules) and "last epoch (primary)" in rules
     files = write(tmp_path, "report", "Title", found.items())
     assert all(file.stat().st_size for file in files)
+
+
+def test_where_interval_and_test_disagree_nothing_is_concluded(cells):
+    groups = by_title(read_runs([cells]))
+    first, *others = compare(groups, [("dann", "erm")])
+    for p_value, wanted in (
+        (0.3, "Interval and test disagree, and nothing"),
+        (0.01, "On these patients dann is better"),
+    ):
+        found = Difference(-0.01, -0.02, -0.001, p_value)
+        headline = contents._conclusions(groups, [first._replace(found=found), *others])[0]
+        assert headline.startswith(wanted) and f"p = {p_value:.4f}" in headline
 
 
 def test_training_curves_are_means_over_runs_of_every_stage(tmp_path, monkeypatch):
