@@ -164,9 +164,8 @@ def write(args: argparse.Namespace, runs: dict) -> None:
 `python benchmarks/ablations.py {shlex.join(sys.argv[1:])}`
 
 Development slides, {args.patients} patients from {args.first_patient} on, {args.model} at {args.image_size} px,
-{args.epochs} epochs; held out in turn {" and ".join(f"{m}X" for m in args.held_out)}; seeds
-{", ".join(map(str, args.seeds))}; every other setting the default, learning rate {args.learning_rate}. AUC and Brier of
-patients and a magnification that training did not see ("seen": the same patients at the training magnifications),
+{args.epochs} epochs; held out in turn {" and ".join(f"{m}X" for m in args.held_out)}; seeds {args.seeds};
+every other setting the default, learning rate {args.learning_rate}. AUC and Brier of patients and a magnification that training did not see ("seen": the same patients at the training magnifications),
 patient-balanced, temperature-scaled, mean over runs. Intervals are over patients; p-values are not adjusted, and with
 {len(runs)} rows one in twenty is small by chance. No default follows from this table.
 
