@@ -165,9 +165,11 @@ def write(args: argparse.Namespace, runs: dict) -> None:
 
 Development slides, {args.patients} patients from {args.first_patient} on, {args.model} at {args.image_size} px,
 {args.epochs} epochs; held out in turn {" and ".join(f"{m}X" for m in args.held_out)}; seeds {args.seeds};
-every other setting the default, learning rate {args.learning_rate}. AUC and Brier of patients and a magnification that training did not see ("seen": the same patients at the training magnifications),
+every other setting the default, learning rate {args.learning_rate}. AUC and Brier of patients
+and a magnification that training did not see ("seen": the same patients at the training magnifications),
 patient-balanced, temperature-scaled, mean over runs. Intervals are over patients; p-values are not adjusted, and with
-{len(runs)} rows one in twenty is small by chance. No default follows from this table.
+{len(runs)} rows one in twenty is small by chance. Where the interval leaves out 0 and p is large, differences cancel between
+the classes (see `metrics.paired_difference`). No default follows from this table.
 
 """
     args.results.mkdir(parents=True, exist_ok=True)
