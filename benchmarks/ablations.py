@@ -168,8 +168,8 @@ Development slides, {args.patients} patients from {args.first_patient} on, {args
 every other setting the default, learning rate {args.learning_rate}. AUC and Brier of patients
 and a magnification that training did not see ("seen": the same patients at the training magnifications),
 patient-balanced, temperature-scaled, mean over runs. Intervals are over patients; p-values are not adjusted, and with
-{len(runs)} rows one in twenty is small by chance. Where the interval leaves out 0 and p is large, differences cancel between
-the classes (see `metrics.paired_difference`). No default follows from this table.
+{len(runs)} rows one in twenty is small by chance. Where the interval leaves out 0 and p is large, differences cancel
+between the classes (see `metrics.paired_difference`). No default follows from this table.
 
 """
     args.results.mkdir(parents=True, exist_ok=True)
