@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -37,6 +38,14 @@ SLIDES = {
     "M_MC": ("14-2003",),
     "M_PC": ("15-190EF",),
 }
+
+
+@pytest.fixture(autouse=True)
+def one_thread_again():
+    """A cell sets the number of torch's threads. A process forked in a later test would wait for those it has not."""
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
 
 
 def pytest_unconfigure():
