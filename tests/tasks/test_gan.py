@@ -20,6 +20,7 @@ from magnification_invariant.data.splits import leave_one_magnification_out
 from magnification_invariant.engine import MEAN, STD, FitConfig, TrainRows, fit
 from magnification_invariant.models.dcgan import Generator
 from magnification_invariant.report.pictures import curves
+from magnification_invariant.report.runs import read_runs
 from magnification_invariant.report.table import markdown, summarise
 from magnification_invariant.run_cell import run_cell
 from magnification_invariant.tasks import DCGAN, ERM, DegradedERM, MagGAN
@@ -276,10 +277,9 @@ def test_a_cell_cut_off_anywhere_ends_as_one_left_alone(breakhis_tree, tmp_path,
     lines = [json.loads(line) for line in (tmp_path / "alone" / "prepare.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [0, 1, 2]
     assert {"generator_loss", "discriminator_loss"} <= lines[0].keys()
-    curves([tmp_path / "alone"], tmp_path / "curves.png")
-    curves([tmp_path / "alone"] * 2, tmp_path / "twice.png")
-    one, two = (Image.open(tmp_path / name).size for name in ("curves.png", "twice.png"))
-    assert one[0] > 1.9 * one[1] and two[1] == pytest.approx(2 * one[1], abs=2)  # a panel a stage: two, and four
+    curves(read_runs([tmp_path / "alone"]), tmp_path / "curves.png")
+    width, height = Image.open(tmp_path / "curves.png").size
+    assert width > 1.9 * height  # a panel a stage
     results = json.loads((tmp_path / "alone" / "results.json").read_text())
     gan = results["gan"]
     assert gan["steps"] == 3 and gan["images"] == 3 * 128  # 12 rows fill one batch
