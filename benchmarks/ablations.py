@@ -14,6 +14,7 @@ import shlex
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -95,8 +96,9 @@ def main() -> None:
     if args.first_patient + args.patients > 10_000:
         parser.error("patients from 10,000 on are for confirmation: nothing is tried on them")
 
+    from magnification_invariant.cells import Cell
     from magnification_invariant.data import Folds, load_virtual_slides
-    from magnification_invariant.lomo import grid, run_grid
+    from magnification_invariant.lomo import run_grid
     from magnification_invariant.report.runs import read_runs
 
     ds = load_virtual_slides(
@@ -109,34 +111,20 @@ def main() -> None:
     n_train, n_val = round(0.35 * len(patients)), round(0.15 * len(patients))
     args.output_dir.mkdir(parents=True, exist_ok=True)
     split = args.output_dir / "split.json"
-    Folds(
-        [
-            {
-                "train": patients[:n_train],
-                "val": patients[n_train : n_train + n_val],
-                "test": patients[n_train + n_val :],
-                "unused": [],
-            }
-        ]
-    ).to_json(split)
+    sides = np.split(patients, [n_train, n_train + n_val])
+    fold = {name: side.tolist() for name, side in zip(("train", "val", "test"), sides, strict=True)}
+    Folds([fold | {"unused": []}]).to_json(split)
+    shared = {
+        "split": str(split),
+        "model": args.model,
+        "epochs": args.epochs,
+        "image_size": args.image_size,
+        "learning_rate": args.learning_rate,
+    }
     runs = {}
     for title in args.rows:
         method, settings = ROWS[title]
-        cells = [
-            cell.with_settings(settings)
-            for cell in grid(
-                [method],
-                args.held_out,
-                [0],
-                args.seeds,
-                split=str(split),
-                model=args.model,
-                epochs=args.epochs,
-                image_size=args.image_size,
-                learning_rate=args.learning_rate,
-            )
-            if cell.method == method  # the floors are no ablation
-        ]
+        cells = [Cell(method, m, seed=k, **shared).with_settings(settings) for m in args.held_out for k in args.seeds]
         print(title, flush=True)
         runs[title] = read_runs(run_grid(cells, ds, args.output_dir / title.replace(" ", "_"), workers=args.workers))
     write(args, runs)

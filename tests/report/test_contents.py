@@ -132,6 +132,7 @@ def test_what_the_report_says(cells, tmp_path):
     assert "the start had seen the test" in found["Each held-out magnification"][2]
     paper = found["Beside the paper"][1]
     assert [row[2] for row in paper.rows] == ["paper", "ours"] * 3 and paper.rows[3][3] == "not run"
+    assert [picture.name for picture in found["Training"]] == ["training"]
     rules = [row[1] for row in found["Which epoch counts"][1].rows]
     assert any(rule.startswith("oracle") for rule in rules) and "last epoch (primary)" in rules
     files = write(tmp_path, "report", "Title", found.items())
