@@ -61,10 +61,10 @@ def main() -> None:
             f"a cohort has room for {COHORT_STEP} patients, and there is room for {TEST_OFFSET // COHORT_STEP}"
         )
 
-    from magnification_invariant.lomo import grid, run_grid
+    from magnification_invariant.lomo.grid import make_grid, run_grid
+    from magnification_invariant.predict.zoom import write_zoom_curves
     from magnification_invariant.records import ZOOM
     from magnification_invariant.tasks.floors import FLOORS
-    from magnification_invariant.zoom_curves import write_zoom_curves
 
     output = args.output_dir / f"nuisance{args.nuisance}"
     output.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ def main() -> None:
         cells = [
             cell.with_settings(settings.get(cell.method, {}))
             for method, zoom in rows
-            for cell in grid([method], args.held_out, range(args.cohorts), [seed], zoom=zoom, **shared)
+            for cell in make_grid([method], args.held_out, range(args.cohorts), [seed], zoom=zoom, **shared)
         ]
         blocks[seed] = list({cell.name: cell for cell in reversed(cells)}.values())[::-1]  # the floors once
     first = {(c.method, c.zoom): c for c in reversed(blocks[args.seeds[0]]) if c.method not in FLOORS}
@@ -121,7 +121,8 @@ def slides(args: argparse.Namespace, output: Path):
     """The table of all patients, and a split file with a fold a cohort."""
     import datasets
 
-    from magnification_invariant.data import Folds, load_virtual_slides
+    from magnification_invariant.data import Folds
+    from magnification_invariant.virtual_slides import load_virtual_slides
 
     def drawn(first: int, n: int, images: int):
         return load_virtual_slides(

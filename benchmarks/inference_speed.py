@@ -23,11 +23,11 @@ import timm
 import torch
 from PIL import Image
 
-from magnification_invariant.classifier import Classifier, find_images, items_of, predict_to_file
-from magnification_invariant.data.virtual_slides import render_field, virtual_field
 from magnification_invariant.engine import MEAN, STD
-from magnification_invariant.export import export
 from magnification_invariant.model_folder import write_model_folder
+from magnification_invariant.predict import Classifier, find_images, items_of, predict_to_file
+from magnification_invariant.predict.export import export
+from magnification_invariant.virtual_slides.dataset import render_field, virtual_field
 
 BATCH = 32
 
@@ -147,7 +147,7 @@ def memory(model: Path, tiles: Path, folder: Path, many: int) -> None:
         copies.mkdir()
         for i in range(n):
             os.link(sources[i % len(sources)], copies / f"{i:05d}.jpg")
-        command = [sys.executable, "-m", "magnification_invariant.cli", "predict", str(copies), "--model", str(model)]
+        command = [sys.executable, "-m", "magdg", "predict", str(copies), "--model", str(model)]
         command += ["--mpp", "0.5", "--backend", "onnx", "--out", str(folder / "memory.parquet")]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
@@ -163,7 +163,7 @@ def start_up(rounds: int) -> None:
     """`magdg --help` against the import of what every user imports."""
     commands = {
         "import torch, timm": [sys.executable, "-c", "import torch, timm"],
-        "magdg --help": [sys.executable, "-m", "magnification_invariant.cli", "--help"],
+        "magdg --help": [sys.executable, "-m", "magdg", "--help"],
     }
     run = {k: lambda c=c: subprocess.run(c, check=True, stdout=subprocess.DEVNULL) for k, c in commands.items()}
     compare("start-up", run, 1, rounds)

@@ -36,7 +36,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         n = write_tree(Path(root))
         started = time.perf_counter()
-        command = [sys.executable, "-m", "magnification_invariant.cli", "prepare", root]
+        command = [sys.executable, "-m", "magdg", "prepare", root]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         seconds = time.perf_counter() - started
     print(done.stdout)

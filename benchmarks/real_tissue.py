@@ -244,7 +244,7 @@ def montage(real, virtual, magnification: int, path: Path, n: int = 4, width: in
 
 
 def run_comparison(args) -> None:
-    from magnification_invariant.data.virtual_slides import GENERATOR_VERSION
+    from magnification_invariant.virtual_slides.dataset import GENERATOR_VERSION
 
     real = real_half(args, "look")
     virtual = virtual_like(real, args)
@@ -272,9 +272,9 @@ def trained_model(args):
     import torch
 
     from magnification_invariant import PixelCache, fit, load_virtual_slides
-    from magnification_invariant.cells import RECIPES
     from magnification_invariant.data import cache_height
     from magnification_invariant.engine import FitConfig, TrainRows
+    from magnification_invariant.lomo.cell import RECIPES
     from magnification_invariant.tasks import get_task
 
     if args.first_patient + args.patients > 10_000:
@@ -318,9 +318,10 @@ def run_score(args) -> None:
 
 def score_half(model, size: int, half: str, what: str, args) -> None:
     """Score a model on the 100X images of a half, log it, and show all that was logged."""
-    from magnification_invariant import PixelCache, load_virtual_slides, predict
+    from magnification_invariant import PixelCache, load_virtual_slides
     from magnification_invariant.data import cache_height
-    from magnification_invariant.data import virtual_slides as generator
+    from magnification_invariant.virtual_slides import dataset as virtual_slides as generator
+    from magnification_invariant.engine import predict
     from magnification_invariant.metrics import auc, patient_weights
 
     if args.dry:

@@ -13,7 +13,7 @@ import numpy as np
 from signature_path import embeddings
 from threadpoolctl import threadpool_limits
 
-from magnification_invariant.search import nearest, unit
+from magnification_invariant.predict.search import nearest, unit
 from magnification_invariant.signatures import SparseSignature, refit_supports, stability_selection
 
 

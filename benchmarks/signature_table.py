@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from magnification_invariant.predict.search import retrieval
 from magnification_invariant.report.page import Table, markdown
 from magnification_invariant.report.runs import by_title, read_runs
 from magnification_invariant.report.signatures import signature_sections
-from magnification_invariant.search import retrieval
 
 
 def retrieval_section(folders: list[Path]) -> tuple[str, list]:

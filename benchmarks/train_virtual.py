@@ -32,7 +32,8 @@ def virtual_split(args):
     """The table, and which of its rows train, validate and test."""
     from datasets import concatenate_datasets
 
-    from magnification_invariant.data import Split, load_virtual_slides
+    from magnification_invariant.data import Split
+    from magnification_invariant.virtual_slides import load_virtual_slides
 
     size = (args.width, round(args.width * 460 / 700))
     sides = {"train": (args.first_patient, args.patients)}
@@ -153,8 +154,8 @@ def main() -> None:
             package(folder, args.weights, args.cards)
         return
 
-    from magnification_invariant.cells import Cell, is_finished
-    from magnification_invariant.run_cell import run_cell
+    from magnification_invariant.lomo.cell import Cell, is_finished
+    from magnification_invariant.lomo.run import run_cell
 
     ds, split = virtual_split(args)
     shared = ("method", "model", "image_size", "epochs", "batch_size", "zoom", "mixed_precision", "threads")

@@ -147,7 +147,7 @@ def score_erm(ds, first_test_patient: int, seed: int, args) -> dict[str, dict[st
 
 def images_per_second(root: Path) -> dict[str, float]:
     """Drawing and writing 700x460 PNG files, in this process, by magnification and over all; processor seconds."""
-    from magnification_invariant.data import virtual_slides
+    from magnification_invariant.virtual_slides import dataset as virtual_slides
 
     parameters = {"n_patients": 8, "first_patient": 0, "images_per_magnification": 4, "seed": 0, "nuisance": 1}
     parameters |= {"size": [700, 460], "nested": False}
@@ -215,7 +215,7 @@ def main() -> None:
     import torch
 
     from magnification_invariant import load_virtual_slides
-    from magnification_invariant.data.pixels import cache_root
+    from magnification_invariant.files import cache_root
 
     versions = f"Python {platform.python_version()}, NumPy {np.__version__}, torch {torch.__version__}"
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; {versions}."

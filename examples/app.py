@@ -7,7 +7,7 @@
 
 import os
 
-from magnification_invariant.app import LAUNCH, build
+from magnification_invariant.predict.app import LAUNCH, build
 
 demo = build(os.environ.get("MODEL"))
 

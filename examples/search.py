@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from magnification_invariant.cli.arguments import add_data_argument, load_data
-from magnification_invariant.search import SignatureIndex, SignedModel, build_index, find, precision_at
+from magdg.arguments import add_data_argument, load_data
+from magnification_invariant.predict.search import SignatureIndex, SignedModel, build_index, find, precision_at
 
 
 def parse_args() -> argparse.Namespace:

@@ -10,8 +10,7 @@ import argparse
 
 from accelerate import Accelerator
 
-from magnification_invariant.cells import Cell
-from magnification_invariant.cli.arguments import (
+from magdg.arguments import (
     add_data_argument,
     add_training_arguments,
     cell_arguments,
@@ -19,7 +18,8 @@ from magnification_invariant.cli.arguments import (
     load_data,
 )
 from magnification_invariant.data import describe
-from magnification_invariant.lomo import run_grid
+from magnification_invariant.lomo.cell import Cell
+from magnification_invariant.lomo.grid import run_grid
 from magnification_invariant.report.table import markdown, summarise
 from magnification_invariant.tasks import TASKS
 from magnification_invariant.tasks.floors import FLOORS

@@ -11,7 +11,7 @@ from magnification_invariant._version import __version__
 _PUBLIC = {
     "load_breakhis": "data",
     "load_table": "data",
-    "load_virtual_slides": "data",
+    "load_virtual_slides": "virtual_slides",
     "leave_one_magnification_out": "data",
     "leave_one_domain_out": "data",
     "assert_disjoint": "data",
@@ -21,8 +21,7 @@ _PUBLIC = {
     "create_task": "tasks",
     "SparseSignature": "signatures",
     "fit": "engine",
-    "predict": "engine",
-    "Classifier": "classifier",
+    "Classifier": "predict",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from magnification_invariant.cli import demo, main
+from magdg import demo, main
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--model", "test_magdg_resnet", "--image-size", "32", "--batch-size", "8", "--threads", "1", "--n-folds", "4"]
@@ -76,7 +76,7 @@ def test_warnings_are_lines_without_code(monkeypatch, capsys):
 
 
 def test_an_interrupted_run_says_how_to_go_on(breakhis_tree, tmp_path, capsys, monkeypatch):
-    import magnification_invariant.run_cell as cell
+    import magnification_invariant.lomo.run as cell
 
     def stop(*args, **kwargs):
         raise KeyboardInterrupt

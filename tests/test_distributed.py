@@ -12,11 +12,11 @@ from accelerate.state import AcceleratorState, PartialState
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
-from magnification_invariant.cells import Cell
 from magnification_invariant.data.breakhis import load_breakhis
 from magnification_invariant.data.pixels import PixelCache
 from magnification_invariant.engine import FitConfig, TrainRows, fit, predict
-from magnification_invariant.lomo import run_grid
+from magnification_invariant.lomo.cell import Cell
+from magnification_invariant.lomo.grid import run_grid
 from magnification_invariant.tasks import DANN, ERM
 
 CONFIG = FitConfig(epochs=2, batch_size=8, image_size=32, learning_rate=1e-2)

@@ -88,7 +88,7 @@ for token in ("hf_read", "hf_unknown"):
 def test_data_sets(hub, tmp_path, breakhis_tree):
     code = f"""
 import datasets, numpy as np
-from magnification_invariant.cli import main
+from magdg import main
 from magnification_invariant.data.breakhis import load_breakhis
 
 assert main(["prepare", {str(breakhis_tree)!r}, "--push", "me/breakhis"]) == 0

@@ -12,7 +12,6 @@ _PUBLIC = {
     "describe": "table",
     "verify": "verification",
     "to_parquet": "parquet",
-    "load_virtual_slides": "virtual_slides",
     "Split": "splits",
     "Folds": "splits",
     "deal_folds": "splits",

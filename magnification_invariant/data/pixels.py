@@ -22,15 +22,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from magnification_invariant.data.images import Encoded, EncodedImages, name_of, open_image, shown_size, to_rgb
+from magnification_invariant.files import cache_root
 
 _logger = logging.getLogger(__name__)
 
 VERSION = 2  # raise it when the pixels that a source gives would change
-
-
-def cache_root() -> Path:
-    """Folder of everything that can be made again: ``MAGDG_CACHE``, else ``~/.cache/magnification_invariant``."""
-    return Path(os.environ.get("MAGDG_CACHE") or "~/.cache/magnification_invariant").expanduser()
 
 
 class PixelCache:

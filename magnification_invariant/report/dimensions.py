@@ -16,11 +16,11 @@ from magnification_invariant.data.images import EncodedImages, open_image, to_rg
 from magnification_invariant.data.pixels import PixelCache
 from magnification_invariant.data.scale import rescale
 from magnification_invariant.data.splits import domain_name
-from magnification_invariant.data.virtual_slides import SIDECAR
 from magnification_invariant.engine import normalise
 from magnification_invariant.report.page import Picture, Section, Table
 from magnification_invariant.report.runs import is_cell
 from magnification_invariant.signatures import SignatureProjector, read_embeddings
+from magnification_invariant.virtual_slides.dataset import SIDECAR
 
 PARTS = ("val", "test", "test_source")  # images that did not train the network
 MORPHOLOGY = ("nuclei per mm2", "nuclear area", "eccentricity", "haematoxylin")

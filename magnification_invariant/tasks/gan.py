@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from magnification_invariant.models.dcgan import NOISE, Discriminator, Generator
+from magnification_invariant.tasks.dcgan import NOISE, Discriminator, Generator
 from magnification_invariant.tasks.erm import ERM
 from magnification_invariant.tasks.task import Player, Task
 

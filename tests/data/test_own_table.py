@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from magnification_invariant.cli import main
+from magdg import main
 from magnification_invariant.data.breakhis import load_breakhis
 from magnification_invariant.data.parquet import to_parquet
 from magnification_invariant.data.scale import digital_zoom
@@ -275,8 +275,8 @@ def test_without_groups_the_risk_is_said(slides, tmp_path):
 
 def test_two_scanners_are_enough(slides, tmp_path):
     """One domain to train on: the signature's refits then leave out patients."""
-    from magnification_invariant.cells import Cell
-    from magnification_invariant.run_cell import run_cell
+    from magnification_invariant.lomo.cell import Cell
+    from magnification_invariant.lomo.run import run_cell
 
     with pytest.warns(UserWarning, match="micrometres"):
         ds = load_table(slides / "table.csv", **NAMES)

@@ -387,7 +387,7 @@ def test_official_folds_are_the_published_ones_and_leak_as_is_said(tmp_path):
 
 
 def test_magdg_split_writes_what_it_shows(breakhis_tree, tmp_path, capsys):
-    from magnification_invariant.cli import main
+    from magdg import main
     from magnification_invariant.data.breakhis import load_breakhis
 
     arguments = ["split", str(breakhis_tree), "--out", str(tmp_path / "split.json")]

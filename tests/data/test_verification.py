@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from magnification_invariant.cli import main
+from magdg import main
 from magnification_invariant.data.breakhis import MPP, SUBTYPES, features, load_breakhis, name_fields
 from magnification_invariant.data.published import MAGNIFICATIONS, slides
 from magnification_invariant.data.verification import verify

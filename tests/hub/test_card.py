@@ -112,7 +112,7 @@ def test_the_code_in_cards_and_readme_runs(tiny_run, breakhis_tree, tmp_path):
     code = """
 import re
 import numpy as np
-from magnification_invariant.cli import main
+from magdg import main
 from magnification_invariant.hub_files import resolve
 from magnification_invariant.signatures import SignatureProjector, SparseSignature
 

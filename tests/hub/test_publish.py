@@ -8,9 +8,9 @@ import pytest
 from hub_client import run_client
 from hub_server import HubServer
 
-from magnification_invariant.cli import main
-from magnification_invariant.doctor import examine
+from magdg import main
 from magnification_invariant.hub import fetch, released, stage
+from magnification_invariant.hub.doctor import examine
 from magnification_invariant.model_folder import read_model_config
 
 LAYOUT = {
@@ -151,7 +151,7 @@ def test_a_config_with_other_values_is_refused(tiny_run, tmp_path, key, value):
 def test_pushed_it_loads_everywhere(tiny_runs, tiny_run, tmp_path):
     """Push, again, all, branch, pull request, pull; then bare timm, the projector and offline, bit-equal."""
     code = f"""
-from magnification_invariant.cli import main
+from magdg import main
 
 run, runs = {str(tiny_run)!r}, {str(tiny_runs)!r}
 assert main(["push", run, "me/model"]) == 0

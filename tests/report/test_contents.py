@@ -11,8 +11,8 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
+from magdg import main
 from magnification_invariant import metrics
-from magnification_invariant.cli import main
 from magnification_invariant.data import load_breakhis
 from magnification_invariant.data.images import EncodedImages
 from magnification_invariant.metrics.intervals import Difference

@@ -6,8 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 from scipy.special import expit
 
+from magdg import main
 from magnification_invariant import metrics
-from magnification_invariant.cli import main
 from magnification_invariant.report.evaluation import sections
 from magnification_invariant.report.page import Table
 

@@ -9,17 +9,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from magnification_invariant.cells import Cell
-from magnification_invariant.cli import main
-from magnification_invariant.data import load_breakhis, load_virtual_slides
+from magdg import main
+from magnification_invariant.data import load_breakhis
+from magnification_invariant.lomo.cell import Cell
+from magnification_invariant.lomo.run import run_cell
+from magnification_invariant.predict.search import retrieval
 from magnification_invariant.report.dimensions import MORPHOLOGY, dimension_sections
 from magnification_invariant.report.page import Picture, Table
 from magnification_invariant.report.runs import read_runs
 from magnification_invariant.report.signatures import STABILITY, patient_stability, signature_sections
-from magnification_invariant.run_cell import run_cell
-from magnification_invariant.search import retrieval
 from magnification_invariant.signatures import SignatureProjector, about_embeddings, read_embeddings
 from magnification_invariant.signatures.networks import SignedNetwork, compare_networks
+from magnification_invariant.virtual_slides import load_virtual_slides
 
 pytestmark = pytest.mark.slow
 

@@ -13,17 +13,17 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from magnification_invariant import engine
-from magnification_invariant.cells import Cell
 from magnification_invariant.data.breakhis import load_breakhis
 from magnification_invariant.data.pixels import PixelCache
 from magnification_invariant.data.splits import leave_one_magnification_out
 from magnification_invariant.engine import MEAN, STD, FitConfig, TrainRows, fit
-from magnification_invariant.models.dcgan import Generator
+from magnification_invariant.lomo.cell import Cell
+from magnification_invariant.lomo.run import run_cell
 from magnification_invariant.report.pictures import curves
 from magnification_invariant.report.runs import read_runs
 from magnification_invariant.report.table import markdown, summarise
-from magnification_invariant.run_cell import run_cell
 from magnification_invariant.tasks import DCGAN, ERM, DegradedERM, MagGAN
+from magnification_invariant.tasks.dcgan import Generator
 from magnification_invariant.tasks.gan import FIT, examine
 
 ARCH = "test_magdg_resnet"

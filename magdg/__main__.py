@@ -1,0 +1,5 @@
+import sys
+
+from magdg import main
+
+sys.exit(main())

@@ -1,5 +1,0 @@
-import sys
-
-from magnification_invariant.cli import main
-
-sys.exit(main())

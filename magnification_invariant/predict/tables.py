@@ -1,0 +1,173 @@
+"""Predictions of a collection, in a file: in shards that several processes share and a cut run finds again."""
+
+import csv
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from magnification_invariant.predict.classifier import Classifier
+from magnification_invariant.predict.inputs import Item
+from magnification_invariant.records import write_json
+
+SHARD = 64  # images; what a cut run loses at most, per process
+FORMATS = (".parquet", ".csv", ".json")
+
+_TEXT, _REAL, _WHOLE, _REALS = pa.string(), pa.float64(), pa.int64(), pa.list_(pa.float64())
+SCHEMA = pa.schema(
+    {
+        "filename": _TEXT,
+        "width": _WHOLE,
+        "height": _WHOLE,
+        "native_mpp": _REAL,
+        "mpp": _REAL,
+        "apparent_mpp": _REAL,
+        "tiles": _WHOLE,
+        "logits": _REALS,
+        "probability": _REAL,
+        "prediction": _TEXT,
+        "signature": _REALS,
+        "warning": _TEXT,
+        "error": _TEXT,
+    }
+)
+
+
+@dataclass
+class Summary:
+    """What came of a run: images in all, and (name, text) of those with an error or a warning."""
+
+    images: int = 0
+    errors: list[tuple[str, str]] = field(default_factory=list)
+    warnings: list[tuple[str, str]] = field(default_factory=list)
+
+
+def predict_to_file(
+    classifier: Classifier,
+    items: list[Item],
+    out: str | Path,
+    *,
+    scales: Iterable[float] = (1.0,),
+    strict: bool = False,
+    process: int = 0,
+    processes: int = 1,
+    wait: Callable[[], None] = lambda: None,
+) -> Summary | None:
+    """Predicts items and writes a row for each, in their order, to `out` (``.parquet``, ``.csv`` or ``.json``).
+
+    Shards of `SHARD` images are written to ``OUT.parts`` and merged at the end. A run that was cut, started again with
+    the same model, items and settings, goes on after the shards that are there, with any number of processes.
+
+    Args:
+        scales, strict: see `Classifier.iterate`.
+        process, processes: which of how many this is; every process is given all items and takes its share of shards.
+        wait: returns when all processes have called it.
+
+    Returns:
+        The summary, on process 0; None on the others.
+
+    Raises:
+        ValueError: another kind of file is wanted.
+        OSError: a file cannot be written; the shards are kept.
+    """
+    out, scales = Path(out), tuple(scales)
+    if out.suffix not in FORMATS:
+        raise ValueError(f"predictions are written as {', '.join(FORMATS)}, not as {out.name}")
+    parts = out.with_name(out.name + ".parts")
+    shards = [parts / f"{first // SHARD:06d}.parquet" for first in range(0, len(items), SHARD)]
+    try:
+        if process == 0:
+            _prepare(parts, _fingerprint(classifier, items, scales, strict))
+        wait()
+        mine = [k for k in range(process, len(shards), processes) if not shards[k].exists()]
+        with tqdm(total=sum(len(items[k * SHARD : (k + 1) * SHARD]) for k in mine), unit="image", disable=None) as bar:
+            for k in mine:
+                rows = []
+                for row in classifier.iterate(items[k * SHARD : (k + 1) * SHARD], scales=scales, strict=strict):
+                    rows.append({name: row[name] for name in SCHEMA.names})
+                    bar.update()
+                unfinished = shards[k].with_suffix(f".{process}.tmp")
+                pq.write_table(pa.Table.from_pylist(rows, SCHEMA), unfinished)
+                unfinished.replace(shards[k])
+        wait()
+        if process:
+            return None
+        summary = Summary()
+        unfinished = out.with_name(out.name + ".tmp")
+        _WRITERS[out.suffix](_noted(shards, summary), unfinished)
+        unfinished.replace(out)
+    except OSError as error:
+        raise OSError(
+            f"cannot write the predictions {out}: {error}; what is done is kept in {parts}: make room and start the "
+            "same command again"
+        ) from error
+    shutil.rmtree(parts)
+    return summary
+
+
+def _prepare(parts: Path, fingerprint: str) -> None:
+    """The folder of shards; emptied if they are of another run."""
+    run = parts / "run.json"
+    if not (run.exists() and json.loads(run.read_text())["fingerprint"] == fingerprint):
+        shutil.rmtree(parts, ignore_errors=True)
+        parts.mkdir(parents=True)
+        write_json(run, {"fingerprint": fingerprint})
+
+
+def _fingerprint(classifier: Classifier, items: list[Item], *settings) -> str:
+    digest = hashlib.sha256(json.dumps([classifier.config, settings]).encode())
+    # Of the weights' file and not of its name: a model trained again in the same folder is another one.
+    for path in sorted(classifier.folder.glob("model.*")):
+        digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
+    for item in items:
+        is_file = isinstance(item.image, str | os.PathLike) and os.path.exists(item.image)
+        digest.update(f"{item.name} {item.mpp} {os.stat(item.image).st_mtime_ns if is_file else ''}\n".encode())
+    return digest.hexdigest()
+
+
+def _noted(shards: list[Path], summary: Summary) -> Iterator[pa.Table]:
+    for shard in shards:
+        table = pq.read_table(shard)
+        summary.images += len(table)
+        for name, error, warning in zip(*(table[c].to_pylist() for c in ("filename", "error", "warning")), strict=True):
+            if error:
+                summary.errors.append((name, error))
+            elif warning:
+                summary.warnings.append((name, warning))
+        yield table
+
+
+def _to_parquet(tables: Iterable[pa.Table], path: Path) -> None:
+    with pq.ParquetWriter(path, SCHEMA) as writer:
+        for table in tables:
+            writer.write_table(table)
+
+
+def _to_csv(tables: Iterable[pa.Table], path: Path) -> None:
+    """Lists are JSON in their cells."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, SCHEMA.names)
+        writer.writeheader()
+        for table in tables:
+            for row in table.to_pylist():
+                writer.writerow({k: json.dumps(v) if isinstance(v, list) else v for k, v in row.items()})
+
+
+def _to_json(tables: Iterable[pa.Table], path: Path) -> None:
+    """A list of objects, one a line."""
+    with open(path, "w", encoding="utf-8") as file:
+        rows = (json.dumps(row) for table in tables for row in table.to_pylist())
+        file.write("[")
+        for i, row in enumerate(rows):
+            file.write(("," if i else "") + "\n" + row)
+        file.write("\n]\n")
+
+
+_WRITERS = {".parquet": _to_parquet, ".csv": _to_csv, ".json": _to_json}

@@ -1,0 +1,140 @@
+"""Killed at any moment and started again, a cell ends as one that was left alone, bit for bit."""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from magnification_invariant import engine
+from magnification_invariant.data.breakhis import load_breakhis
+from magnification_invariant.lomo.cell import Cell
+from magnification_invariant.lomo.grid import run_grid
+from magnification_invariant.lomo.run import run_cell
+
+CELL = Cell("dann", 200, n_folds=4, model="test_magdg_resnet", epochs=6, image_size=32, batch_size=8, gan_epochs=2)
+RECORDS = ("predictions.parquet", "embeddings.safetensors", "metrics.jsonl", "results.json", "model/model.safetensors")
+
+
+@pytest.fixture(autouse=True)
+def a_checkpoint_every_epoch(monkeypatch):
+    monkeypatch.setattr(engine, "CHECKPOINT_SECONDS", 0)
+
+
+def contents(folder):
+    return {name: (folder / name).read_bytes() for name in RECORDS}
+
+
+def work(cell, tree, folder, slow_save):
+    if slow_save:  # a checkpoint write that takes its time, so that some kills fall into it
+        save = torch.save
+
+        def slowly(state, file):
+            save(state, file)
+            file.flush()
+            time.sleep(0.05)
+
+        torch.save = slowly
+    run_cell(cell, load_breakhis(tree), folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["erm", "dann", "gan"])
+def test_killed_at_random_moments(breakhis_tree, tmp_path, method):
+    cell = replace(CELL, method=method)
+    context, rng = multiprocessing.get_context("fork"), random.Random(0)
+    started = time.perf_counter()
+    work(cell, breakhis_tree, tmp_path / "alone", False)
+    takes = time.perf_counter() - started
+    if method != "gan":
+        takes = min(takes, 2.0)  # the first run in a process is slower than the rest
+    kills = 0
+    for attempt in range(60):
+        engine.CHECKPOINT_SECONDS = attempt % 3 * 0.1 * takes  # also with epochs that left none
+        process = context.Process(target=work, args=(cell, breakhis_tree, tmp_path / "killed", True))
+        process.start()
+        process.join(timeout=rng.uniform(0.05, 0.4) * takes if kills < 6 else 300)
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            kills += 1
+        elif (tmp_path / "killed" / "results.json").exists():
+            break
+    assert kills >= 3
+    assert contents(tmp_path / "alone") == contents(tmp_path / "killed")
+    assert not list((tmp_path / "killed").glob("*.tmp"))
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(breakhis_tree, tmp_path, monkeypatch):
+    ds, saves = load_breakhis(breakhis_tree), []
+    run_cell(CELL, ds, tmp_path / "alone")
+    save = torch.save
+
+    def full(state, file):
+        saves.append(1)
+        if len(saves) == 4:
+            file.write(b"half")
+            raise OSError(28, "No space left on device")
+        save(state, file)
+
+    monkeypatch.setattr(engine.torch, "save", full)
+    with pytest.raises(OSError, match=r"No space left.*the one before it is kept"):
+        run_cell(CELL, ds, tmp_path / "full")
+    monkeypatch.setattr(engine.torch, "save", save)
+    assert not list((tmp_path / "full").glob("*.tmp"))
+    assert torch.load(tmp_path / "full" / "checkpoint.pt", weights_only=True)["epochs_done"] == 3
+    run_cell(CELL, ds, tmp_path / "full")
+    assert contents(tmp_path / "alone") == contents(tmp_path / "full")
+
+
+def test_a_half_written_checkpoint_is_never_loaded(breakhis_tree, tmp_path, monkeypatch):
+    ds = load_breakhis(breakhis_tree)
+    run_cell(CELL, ds, tmp_path / "alone")
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "checkpoint.pt.tmp").write_bytes(b"half of a checkpoint")
+    run_cell(CELL, ds, tmp_path / "cut")
+    assert contents(tmp_path / "alone") == contents(tmp_path / "cut")
+
+
+def cells():
+    return [replace(CELL, method=m, held_out=h, epochs=1) for h in (40, 200) for m in ("constant", "dann")]
+
+
+@pytest.mark.slow
+def test_workers_leave_the_records_of_a_serial_run(breakhis_tree, tmp_path):
+    ds = load_breakhis(breakhis_tree)
+    serial = run_grid(cells(), ds, tmp_path / "serial", say=lambda line: None)
+    workers = run_grid(cells(), ds, tmp_path / "workers", workers=2, say=print)
+    assert len(serial) == len(workers) == 4
+    for a, b in zip(serial, workers, strict=True):
+        for name in RECORDS if "constant" not in a.name else ("predictions.parquet", "results.json"):
+            one, two = (a / name).read_bytes(), (b / name).read_bytes()
+            assert one == two, (a.name, name, set(one.splitlines()) ^ set(two.splitlines()))
+
+
+@pytest.mark.slow
+def test_a_dask_cluster_works_on_the_grid(breakhis_tree, tmp_path):
+    joblib = pytest.importorskip("joblib")
+    distributed = pytest.importorskip("distributed")
+    ds = load_breakhis(breakhis_tree)
+    with (
+        distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        distributed.Client(cluster),
+        joblib.parallel_config("dask"),
+    ):
+        finished = run_grid(cells(), ds, tmp_path / "dask", workers=2, say=print)
+    assert len(finished) == 4
+
+
+def test_a_cell_that_somebody_else_runs_is_left_to_them(breakhis_tree, tmp_path):
+    from filelock import FileLock
+
+    ds, said = load_breakhis(breakhis_tree), []
+    mine, theirs = (replace(CELL, method="constant", held_out=h) for h in (40, 200))
+    with FileLock(tmp_path / f".{theirs.name}.lock"):
+        assert [p.name for p in run_grid([theirs, mine], ds, tmp_path, say=said.append)] == [mine.name]
+    assert len(run_grid([theirs, mine], ds, tmp_path, say=said.append)) == 2

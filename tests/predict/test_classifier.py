@@ -1,0 +1,276 @@
+"""One image and many: scale first, then tiles, probability, signature; and whatever people hand in."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.special import softmax
+
+from magnification_invariant.data.scale import rescale
+from magnification_invariant.model_folder import logits_of
+from magnification_invariant.predict import Classifier, Item, check_mpp
+from magnification_invariant.virtual_slides.dataset import render_field, virtual_field
+
+
+@pytest.fixture(scope="module")
+def classifier(tiny_model) -> Classifier:
+    return Classifier.from_pretrained(tiny_model, device="cpu")
+
+
+def tissue(mpp: float, size=(160, 128), patient=0) -> Image.Image:
+    return Image.fromarray(render_field(patient, mpp, virtual_field(patient, 100, 0), size))
+
+
+def only(rows: list[dict]) -> dict:
+    (row,) = rows
+    return row
+
+
+def test_one_view_is_what_timm_says_of_it(classifier, tiny_model):
+    """A square of the network's size, inside the range: nothing is resampled or cut, so bare timm must agree."""
+    image = tissue(0.5, (64, 64))
+    row = only(classifier.predict(image, 0.5))
+    padded = Image.new("RGB", (73, 73))  # timm's transform resizes to 73 and takes the middle 64: undo that
+    padded.paste(image, (4, 4))
+    assert row["tiles"] == 1 and row["mpp"] == 0.5
+    np.testing.assert_allclose(row["logits"], logits_of(tiny_model, padded), atol=1e-4)
+    assert row["probability"] == pytest.approx(softmax(np.array(row["logits"]) / 1.5)[1])
+    assert row["prediction"] == ("malignant" if row["probability"] > 0.5 else "benign")
+    np.testing.assert_allclose(row["signature"], row["embedding"][[3, 10, 40]], rtol=1e-6)
+
+
+def test_the_stored_scale_decides_and_never_the_number_of_pixels(classifier):
+    inside, fine, coarse = (only(classifier.predict(tissue(0.5), mpp)) for mpp in (0.5, 0.1, 0.79))
+    assert (inside["mpp"], fine["mpp"], coarse["mpp"]) == (0.5, 0.2, 0.79)
+    assert (inside["tiles"], fine["tiles"], coarse["tiles"]) == (6, 2, 6)  # 160 x 128 and 80 x 64 pixels of 64
+    assert not inside["warning"] and inside["logits"] == coarse["logits"]
+    by_hand = only(classifier.predict(rescale(tissue(0.5), 0.2, native_mpp=0.1), 0.2))
+    np.testing.assert_allclose(fine["logits"], by_hand["logits"], rtol=1e-6)
+
+
+def test_a_large_image_is_the_mean_of_its_tiles(classifier):
+    pixels = np.asarray(tissue(0.5, (192, 128)))
+    tiles = [pixels[y : y + 64, x : x + 64] for y in (0, 64) for x in (0, 64, 128)]
+    whole, parts = only(classifier.predict(pixels, 0.5)), classifier.predict(tiles, 0.5)
+    np.testing.assert_allclose(whole["logits"], np.mean([row["logits"] for row in parts], 0), atol=1e-5)
+    np.testing.assert_allclose(whole["signature"], np.mean([row["signature"] for row in parts], 0), atol=1e-5)
+
+
+def test_tiles_cover_an_image_evenly_whatever_its_size(classifier):
+    view = np.arange(150 * 201).reshape(150, 201)
+    corners = classifier.corners(view)
+    assert len(corners) == 3 * 4
+    assert np.unique(np.concatenate([view[y : y + 64, x : x + 64].ravel() for y, x in corners])).size == view.size
+    assert classifier.corners(np.empty((64, 64, 3))) == [(0, 0)]
+
+
+def test_coarser_than_known_warns_and_strict_refuses(classifier):
+    with pytest.warns(UserWarning, match=r"2 um/px is coarser than the model knows \(0.2 to 0.8\)"):
+        row = only(classifier.predict(tissue(0.5), 2.0))
+    assert row["mpp"] == 2.0 and row["probability"] is not None  # not enlarged, and predicted all the same
+    with pytest.raises(ValueError, match="coarser than the model knows"):
+        classifier.predict(tissue(0.5), 2.0, strict=True)
+    with pytest.warns(UserWarning, match="was a magnification meant"):
+        classifier.predict(tissue(0.5), 10.0)
+
+
+def test_scales_average_views_inside_the_range(classifier):
+    image = tissue(0.25, (256, 256))
+    alone = [only(classifier.predict(rescale(image, 0.25 * f, native_mpp=0.25), 0.25 * f)) for f in (1, 2)]
+    both = only(classifier.predict(image, 0.25, scales=(1, 2, 4)))  # 4 would be 1 um/px: left out
+    np.testing.assert_allclose(both["logits"], np.mean([row["logits"] for row in alone], 0), atol=1e-5)
+    with pytest.raises(ValueError, match="at least 1"):
+        classifier.predict(image, 0.25, scales=(0.5,))
+
+
+def test_the_batch_and_its_order_do_not_matter(classifier, tiny_model):
+    images = [tissue(0.5, size, patient=i) for i, size in enumerate([(64, 64), (200, 130), (80, 64), (64, 300)])]
+    one_by_one = [only(classifier.predict(image, 0.5)) for image in images]
+    together = Classifier.from_pretrained(tiny_model, device="cpu", batch_size=5).predict(images, 0.5)
+    for a, b in zip(one_by_one, together, strict=True):
+        np.testing.assert_allclose(a["logits"], b["logits"], atol=1e-5)
+
+
+def test_the_zoom_curve_of_one_image(classifier):
+    image = tissue(0.1, (512, 512))
+    mpp, probability = classifier.zoom_curve(image, 0.1, n=5)
+    assert mpp[0] == 0.2 and mpp[-1] == pytest.approx(0.8) and len(mpp) == 5  # 64 x 64 are left at the coarsest
+    alone = only(classifier.predict(rescale(image, 0.4, native_mpp=0.1), 0.4))
+    assert probability[2] == pytest.approx(alone["probability"], abs=1e-5)
+    mpp, probability = classifier.zoom_curve(image, 3.0)  # coarser than the model knows: one point, with a warning
+    assert mpp.tolist() == [3.0] and np.isfinite(probability).all()
+
+
+@pytest.mark.parametrize("mpp", [0.08, 0.25, 0.5])
+def test_a_scale_ten_times_wrong_is_seen_in_the_pixels(classifier, mpp):
+    images = [tissue(mpp, (512, 400), patient=i) for i in range(4)]
+    items = [Item(str(i), image, m) for i, image in enumerate(images) for m in (mpp, mpp * 10, mpp / 10)]
+    said = ["look like about" in (row["warning"] or "") for row in classifier.iterate(items)]
+    right, coarser, finer = (said[i::3] for i in range(3))
+    assert sum(right) == 0 and sum(coarser) >= 3 and sum(finer) >= 3
+
+
+def test_too_little_to_tell_a_scale_from(classifier):
+    blank = Image.new("RGB", (300, 300), (240, 235, 242))
+    assert only(classifier.predict(blank, 0.5))["apparent_mpp"] is None
+    assert only(classifier.predict(tissue(0.5, (40, 40)), 0.5))["apparent_mpp"] is None
+
+
+def test_the_scale_of_a_tiff_is_read_from_it(classifier, tmp_path):
+    tissue(0.5).save(tmp_path / "a.tif", resolution=(20_000, 20_000), resolution_unit=3)  # pixels a centimetre
+    tissue(0.5).save(tmp_path / "b.png")
+    a, b = classifier.predict(tmp_path)
+    assert a["native_mpp"] == pytest.approx(0.5) and a["error"] is None
+    assert "its scale is not known" in b["error"]
+    assert only(classifier.predict(tmp_path / "a.tif", 0.3))["native_mpp"] == 0.3
+
+
+@pytest.mark.parametrize(
+    ("mpp", "message"),
+    [
+        (0, "positive number"),
+        (-0.5, "positive number"),
+        (float("nan"), "positive number"),
+        (float("inf"), "positive number"),
+        (40, "if you mean a magnification of 40: a scanner's 40x is about 0.25 um/px"),
+    ],
+)
+def test_an_mpp_that_cannot_be(classifier, mpp, message):
+    with pytest.raises(ValueError, match=message):
+        check_mpp(mpp)
+    with pytest.raises(ValueError, match=message):
+        classifier.predict(tissue(0.5), mpp)
+
+
+def test_one_scale_an_image_or_one_for_all(classifier):
+    rows = classifier.predict([tissue(0.5)] * 2, [0.5, 0.1])
+    assert [row["mpp"] for row in rows] == [0.5, 0.2]
+    with pytest.raises(ValueError, match="3 scales for 2 images"):
+        classifier.predict([tissue(0.5)] * 2, [0.5, 0.1, 0.2])
+
+
+def write(folder, kind):
+    """A file of a kind that people have, and what is to be said of it (None: it is predicted)."""
+    rgb, path = np.asarray(tissue(0.5)), folder / kind
+    grey = np.asarray(tissue(0.5).convert("L"))
+    if kind == "text.png":
+        path.write_text("not an image")
+        return "cannot identify image file"
+    if kind == "empty.png":
+        path.write_bytes(b"")
+        return "cannot identify image file"
+    if kind == "truncated.png":
+        tissue(0.5).save(path)
+        path.write_bytes(path.read_bytes()[:9000])
+        return "truncated"
+    if kind == "pixel.png":
+        Image.new("RGB", (1, 1)).save(path)
+        return "too small a field"
+    if kind == "float.tif":
+        Image.fromarray(grey.astype(np.float32)).save(path)
+        return "no known range"
+    if kind == "bomb.png":
+        Image.new("1", (20_000, 10_000)).save(path)
+        return "decompression bomb"
+    if kind == "grey16.png":
+        Image.fromarray(grey.astype(np.uint16) * 257).save(path)
+    elif kind == "cmyk.jpg":
+        tissue(0.5).convert("CMYK").save(path, quality=95)
+    elif kind == "alpha.png":
+        Image.fromarray(np.dstack([rgb, np.full(rgb.shape[:2], 128, np.uint8)])).save(path)
+    elif kind == "animated.gif":
+        tissue(0.5).save(path, save_all=True, append_images=[tissue(0.5, patient=1)])
+    return None
+
+
+KINDS = ["text.png", "empty.png", "truncated.png", "pixel.png", "float.tif", "bomb.png", "grey16.png", "cmyk.jpg"]
+KINDS += ["alpha.png", "animated.gif"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whatever_is_handed_in(classifier, tmp_path, kind):
+    message = write(tmp_path, kind)
+    row = only(list(classifier.iterate([Item(kind, tmp_path / kind, 0.5)])))
+    if message:
+        assert message in row["error"] and row["probability"] is None
+        return
+    assert row["error"] is None
+    expected = only(classifier.predict(tissue(0.5).convert("L" if kind == "grey16.png" else "RGB"), 0.5))
+    if kind in ("grey16.png", "alpha.png"):  # the upper 8 bits; the colours without their transparency
+        np.testing.assert_allclose(row["logits"], expected["logits"], atol=1e-5)
+    assert (row["warning"] == "it has 2 frames, the first was taken") == (kind == "animated.gif")
+
+
+@pytest.mark.slow
+def test_a_hundred_megapixels(classifier, tmp_path):
+    Image.effect_noise((10_000, 10_000), 30).convert("RGB").save(tmp_path / "large.jpg")
+    row = only(classifier.predict(tmp_path / "large.jpg", 0.1))
+    assert (row["width"], row["mpp"], row["tiles"]) == (10_000, 0.2, 79**2)
+
+
+def test_arrays_that_are_no_pictures(classifier):
+    for array in (np.zeros((0, 0, 3), np.uint8), np.zeros((0, 5), np.uint8)):
+        with pytest.raises(ValueError, match="no pixels"):
+            classifier.predict(array, 0.5)
+    for array in (np.zeros((64, 64, 3)), np.zeros((3, 64, 64), np.uint8)):
+        with pytest.raises(ValueError, match="must be"):
+            classifier.predict(array, 0.5)
+    grey = np.full((64, 64), 40_000, np.uint16)
+    eight = np.full((64, 64), 156, np.uint8)
+    assert only(classifier.predict(grey, 0.5))["logits"] == only(classifier.predict(eight, 0.5))["logits"]
+
+
+def test_folders_patterns_and_what_is_not_there(classifier, tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("b.png", "a.jpg", "sub/c.tif", "notes.txt"):
+        tissue(0.5).save(tmp_path / name, "PNG")
+    folder = [row["filename"] for row in classifier.predict(tmp_path, 0.5)]
+    assert folder == [str(tmp_path / name) for name in ("a.jpg", "b.png", "sub/c.tif")]
+    assert len(classifier.predict(f"{tmp_path}/**/*.[pt]*[gf]", 0.5)) == 2
+    for nothing in ("nowhere.png", "*.bmp", "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(FileNotFoundError, match="no file, no pattern"):
+            classifier.predict(tmp_path / nothing, 0.5)
+
+
+def test_a_datasets_table_brings_its_own_scale(classifier, breakhis_tree):
+    from magnification_invariant.data import load_breakhis
+
+    ds = load_breakhis(breakhis_tree).select([0, 1])
+    rows = classifier.predict(ds)
+    assert [row["filename"] for row in rows] == ds["filename"][:]
+    assert [row["native_mpp"] for row in rows] == ds["mpp"][:]
+    assert classifier.predict(ds, 0.3)[0]["native_mpp"] == 0.3
+
+
+def test_a_model_that_is_not_ours(tmp_path):
+    import timm
+    from timm.models import save_for_hf
+
+    save_for_hf(timm.create_model("test_resnet", num_classes=2), tmp_path, safe_serialization=True)
+    with pytest.raises(ValueError, match="not a model of magnification_invariant"):
+        Classifier.from_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="neither a folder nor a Hub repository"):
+        Classifier.from_pretrained("nobody/nothing")
+    with pytest.raises(ValueError, match="unknown backend 'tensorflow'"):
+        Classifier.from_pretrained(tmp_path, backend="tensorflow")
+    assert torch.is_grad_enabled()
+
+
+def test_what_became_of_such_probabilities(classifier, tiny_model, tmp_path):
+    import shutil
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    assert "not recorded" in classifier.reliability(0.5)
+    folder = shutil.copytree(tiny_model, tmp_path / "with records")
+    low, high = [0.0, np.log(0.25) * 1.5], [0.0, np.log(4) * 1.5]  # at the temperature of 1.5: 0.2 and 0.8
+    columns = {"logits": [low] * 8 + [high] * 8, "label": [1, 0, 0, 0] * 2 + [1, 1, 1, 0] * 2}
+    columns |= {"patient": [f"p{i % 4}" for i in range(16)], "part": ["test"] * 16, "epoch": [0] * 16}
+    pq.write_table(pa.table(columns), folder / "predictions.parquet")
+    assert (
+        Classifier.from_pretrained(folder)
+        .reliability(0.7)
+        .startswith("Of test images that were given about 0.80, 75% were malignant")
+    )
