@@ -1,36 +1,228 @@
-"""What a run leaves behind: the predictions table, and the numbers that follow from it alone."""
+"""What a run leaves behind: one class reads it and writes it, and knows the names of its files and their keys.
+
+The folder of a run (a finished cell of the grid) holds
+
+- ``config.json``: ``cell`` (method, held_out, fold, seed, split, data), ``settings`` (all else that the method reads),
+  ``settings_sha256``, ``machine`` (threads, versions, git revision) and, of networks, ``start`` (initial weights);
+- ``metrics.jsonl``: an epoch's mean losses a line; ``prepare.jsonl``: the same of what was trained first;
+- ``predictions.parquet``: logits and probabilities of the parts below, after every epoch;
+- ``embeddings.safetensors``: embeddings of all parts after the last epoch, one tensor a part;
+- ``results.json``: metrics, intervals and the signature; written last, so a run that has it is finished;
+- ``timing.json``, ``zoom.parquet`` (see `predict.zoom`), ``signature_stability.json`` (see `report.signatures`);
+- ``model/``: the model, in the layout of its Hub repository.
+
+Parts of the predictions: ``val``; ``test``, the unseen domain; ``test_source``, the same patients at the seen ones;
+``test_normalised``, the rows of ``test`` shown at a scale that was trained on (see `data.views`), last epoch only.
+"""
 
 import json
-import math
 import warnings
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import safetensors.numpy
 
 from magnification_invariant import metrics
+from magnification_invariant.files import read_json, read_json_lines, whole, write_json
 
 POSITIVE = 1  # malignant
-ZOOM = "zoom.parquet"  # predictions at one scale after the other, see `zoom_curves`
+PARTS = ("val", "test", "test_source")  # of a split, beside "train"
+NORMALISED = "test_normalised"
+KEYS = ("filename", "patient", "label", "domain")  # of a prediction or an embedding: what its image is
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Whole or not at all; what is not a number becomes null, since JSON has no NaN."""
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(json.dumps(_plain(content), indent=1, allow_nan=False))
-    unfinished.replace(path)
+class Run:
+    """The folder of one run; attributes are read when they are first asked for.
+
+    Args:
+        folder: Of a run, or its ``model/``; or of a model without its run, which has predictions and results too.
+    """
+
+    def __init__(self, folder: str | Path):
+        folder = Path(folder)
+        self.folder = folder.parent if folder.name == "model" and (folder.parent / "config.json").is_file() else folder
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Run) and self.folder.resolve() == other.folder.resolve()
+
+    def __hash__(self) -> int:
+        return hash(self.folder.resolve())
+
+    # What it is
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """``config.json``; of a model without its run, the record of it that its results carry."""
+        config = read_json(self.folder / "config.json")
+        return config if "cell" in config else self.results["record"]
+
+    @property
+    def has_config(self) -> bool:
+        return (self.folder / "config.json").is_file()
+
+    @property
+    def is_finished(self) -> bool:
+        return self.has_config and (self.folder / "results.json").is_file()
+
+    @property
+    def is_network(self) -> bool:
+        return "start" in self.config
+
+    @property
+    def method(self) -> str:
+        return self.config["cell"]["method"]
+
+    @property
+    def held_out(self) -> int | str:
+        return self.config["cell"]["held_out"]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.config["settings"]
+
+    @property
+    def zoom(self) -> float:
+        """Range of the training's continuous zoom, [1 / zoom, zoom]; 1 is none."""
+        return self.settings.get("zoom", 1.0)
+
+    @property
+    def title(self) -> str:
+        """The row of a table that it belongs to."""
+        return self.method + " + zoom" * (self.zoom > 1)
+
+    @property
+    def key(self) -> tuple[int | str, int, int]:
+        """What is compared with what: held-out domain, fold, seed."""
+        return self.held_out, self.config["cell"]["fold"], self.config["cell"]["seed"]
+
+    # What it left
+
+    @property
+    def model(self) -> Path:
+        """Folder of its model."""
+        return self.folder / "model" if (self.folder / "model").is_dir() else self.folder
+
+    @cached_property
+    def results(self) -> dict[str, Any]:
+        return read_json(self.folder / "results.json")
+
+    @cached_property
+    def temperature(self) -> float:
+        return self.results["temperature"]
+
+    @property
+    def seconds(self) -> float | None:
+        file = self.folder / "timing.json"
+        return read_json(file)["seconds"] if file.is_file() else None
+
+    def losses(self, stage: str = "metrics") -> list[dict[str, float]]:
+        """Mean losses by epoch, of the stage "metrics" or "prepare"; empty where none are recorded."""
+        file = self.folder / f"{stage}.jsonl"
+        return read_json_lines(file) if file.is_file() else []
+
+    @cached_property
+    def predictions(self) -> pa.Table:
+        """Of all epochs."""
+        return pq.read_table(self.folder / "predictions.parquet")
+
+    @cached_property
+    def records(self) -> pa.Table:
+        """Predictions after the last epoch, the one that counts."""
+        return self.predictions.filter(pc.equal(self.predictions["epoch"], pc.max(self.predictions["epoch"])))
+
+    @property
+    def parts(self) -> list[str]:
+        """Of the records."""
+        return list(dict.fromkeys(self.records["part"].to_pylist()))
+
+    def part(self, part: str, temperature: float | None = None) -> dict[str, np.ndarray]:
+        """One part of the records as arrays, a value a row.
+
+        Args:
+            part: see the module; a part that is not there has no rows.
+            temperature: by default the run's own.
+
+        Returns:
+            `KEYS`, mpp (um/px at the network's input), logits (n, classes) and probability (calibrated).
+        """
+        rows = self.records.filter(pc.equal(self.records["part"], part))
+        logits = np.array(rows["logits"].to_pylist(), np.float64).reshape(len(rows), -1)
+        found = {name: np.asarray(rows[name]) for name in (*KEYS, "mpp") if name in rows.column_names}
+        found["logits"], found["probability"] = logits, np.empty(0)
+        if len(rows):
+            used = self.temperature if temperature is None else temperature
+            found["probability"] = metrics.apply_temperature(logits, used)[:, POSITIVE]
+        return found
+
+    def oracle_temperature(self, part: str = "test") -> float:
+        """Fitted on the rows it is judged by: what no method may use, and the most that a temperature can give."""
+        p = self.part(part)
+        return metrics.fit_temperature(p["logits"], p["label"], sample_weight=metrics.patient_weights(p["patient"]))
+
+    def embeddings(self, part: str) -> np.ndarray:
+        """(n, width) of a part, in the order of `keys`."""
+        with safetensors.safe_open(self.folder / "embeddings.safetensors", "numpy") as file:
+            return file.get_tensor(part)
+
+    def keys(self, part: str) -> dict[str, np.ndarray]:
+        """`KEYS` of the rows of `embeddings`."""
+        table = pq.read_table(self.folder / "embeddings.parquet")
+        rows = table.filter(pc.equal(table["part"], part))
+        return {name: np.asarray(rows[name]) for name in KEYS}
+
+    @cached_property
+    def marks(self) -> list[str]:
+        """What must be said beside every number of it."""
+        marks = set()
+        if any(self.results.get("rescaled", {}).values()):
+            marks.add("rescaled: some images are digital zoom, not photographed at their magnification")
+        if self.config.get("start", {}).get("saw_test"):
+            marks.add("the start had seen the test")
+        if self.results.get("gan", {}).get("collapsed"):
+            marks.add("the generator failed its collapse check")
+        low, high = self.results.get("mpp_range") or (0.0, 0.0)
+        if self.zoom > 1 and np.all((low <= (mpp := self.part("test")["mpp"])) & (mpp <= high)):
+            marks.add("unseen optics, scale simulated")
+        return sorted(marks)
+
+    # What is written
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        write_json(self.folder / "config.json", config)
+
+    def write_results(self, results: dict[str, Any]) -> None:
+        write_json(self.folder / "results.json", results)
+        self.__dict__.pop("results", None)
+
+    def write_timing(self, **seconds: float) -> None:
+        write_json(self.folder / "timing.json", seconds)
+
+    def write_predictions(self, table: pa.Table) -> None:
+        write_table(table, self.folder / "predictions.parquet")
+
+    def write_losses(self, losses: list[dict[str, float]], stage: str = "metrics") -> None:
+        with whole(self.folder / f"{stage}.jsonl") as unfinished:
+            unfinished.write_text("".join(json.dumps(each) + "\n" for each in losses))
+
+    def write_embeddings(self, embeddings: dict[str, np.ndarray], keys: dict[str, dict[str, np.ndarray]]) -> None:
+        """Embeddings (n, width) by part, and the `KEYS` of their rows."""
+        with whole(self.folder / "embeddings.safetensors") as unfinished:
+            safetensors.numpy.save_file({part: np.ascontiguousarray(x) for part, x in embeddings.items()}, unfinished)
+        rows = [pa.table({**columns, "part": [part] * len(embeddings[part])}) for part, columns in keys.items()]
+        write_table(pa.concat_tables(rows), self.folder / "embeddings.parquet")
 
 
-def _plain(value):
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple | np.ndarray):
-        return [_plain(each) for each in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def write_table(table: pa.Table, path: Path) -> None:
+    with whole(path) as unfinished:
+        pq.write_table(table, unfinished)
 
 
 def prediction_table(
@@ -50,24 +242,6 @@ def prediction_table(
     return pa.table(table | {name: [value] * len(rows) for name, value in constants.items()})
 
 
-def last_epoch(folder: Path) -> pa.Table:
-    """Predictions of a finished cell after its last epoch, the one that counts."""
-    records = pq.read_table(Path(folder) / "predictions.parquet")
-    return records.filter(pc.equal(records["epoch"], pc.max(records["epoch"])))
-
-
-def part_of(records: pa.Table, part: str, temperature: float = 1.0) -> dict[str, np.ndarray]:
-    """``logits``, ``label``, ``patient``, ``probability`` (calibrated by `temperature`) of a part, as arrays."""
-    records = records.filter(pa.array(np.asarray(records["part"]) == part))
-    logits = np.array(records["logits"].to_pylist(), np.float64).reshape(len(records), -1)
-    return {
-        "logits": logits,
-        "label": np.asarray(records["label"]),
-        "patient": np.asarray(records["patient"]),
-        "probability": metrics.apply_temperature(logits, temperature)[:, POSITIVE] if len(records) else np.empty(0),
-    }
-
-
 def scores(label: np.ndarray, probability: np.ndarray, patient: np.ndarray) -> dict:
     """Every metric by image and patient-balanced, and patient-clustered intervals of the main ones.
 
@@ -79,22 +253,18 @@ def scores(label: np.ndarray, probability: np.ndarray, patient: np.ndarray) -> d
         intervals = {
             name: metrics.cluster_interval(name, label, probability, patient)[1:] for name in ("auc", "f1", "brier")
         }
-    found = {
+    return {
         "images": len(label),
         "patients": len(np.unique(patient)),
         "image": {name: metric(label, probability) for name, metric in metrics.METRICS.items()},
         "patient_balanced": {
             name: metric(label, probability, sample_weight=weight) for name, metric in metrics.METRICS.items()
         },
+        "interval": {name: None if np.isnan(ends).any() else ends for name, ends in intervals.items()},
     }
-    found["interval"] = {name: None if np.isnan(ends).any() else ends for name, ends in intervals.items()}
-    return found
 
 
-def evaluate(records: pa.Table, temperature: float = 1.0) -> dict:
-    """`scores` of every part in the predictions of one epoch of one run."""
-    parts = {}
-    for part in dict.fromkeys(records["part"].to_pylist()):
-        p = part_of(records, part, temperature)
-        parts[part] = scores(p["label"], p["probability"], p["patient"])
-    return parts
+def evaluate(run: Run, temperature: float | None = None) -> dict[str, dict]:
+    """`scores` of every part of a run's records."""
+    parts = {part: run.part(part, temperature) for part in run.parts}
+    return {part: scores(p["label"], p["probability"], p["patient"]) for part, p in parts.items()}

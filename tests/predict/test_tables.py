@@ -13,7 +13,8 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from magdg import main
-from magnification_invariant.predict import Classifier, items_of, predict_to_file, predictions
+from magnification_invariant.predict import Classifier, items_of, predict_to_file
+from magnification_invariant.predict import tables as predictions
 
 
 @pytest.fixture(autouse=True)
