@@ -23,11 +23,11 @@ _PUBLIC = {
     "digital_zoom": "scale",
     "read_mpp": "scale",
     "PixelCache": "pixels",
-    "view_height": "augment",
-    "cache_height": "augment",
-    "input_mpp": "augment",
-    "centre_view": "augment",
-    "random_view": "augment",
+    "ViewCache": "pixels",
+    "show": "views",
+    "view_mpp": "views",
+    "cache_height": "views",
+    "random_view": "views",
 }
 
 __all__ = list(_PUBLIC)

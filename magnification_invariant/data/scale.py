@@ -20,7 +20,45 @@ if TYPE_CHECKING:
 _TIFF_X, _TIFF_Y, _TIFF_UNIT, _TIFF_DESCRIPTION = 282, 283, 296, 270
 _MICROMETRES = {2: 25_400.0, 3: 10_000.0}  # of TIFF's resolution units, inch and centimetre
 _OME_UNITS = {"nm": 1e-3, "µm": 1.0, "μm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4}
-_PLAUSIBLE = (0.01, 20.0)  # micrometres per pixel of a microscope; 72 dpi, which editors write, is 353
+PLAUSIBLE = (0.02, 20.0)  # micrometres per pixel of a microscope; 72 dpi, which editors write, is 353
+_MAGNIFICATIONS = {2.5, 4, 5, 10, 20, 25, 40, 50, 60, 63, 80, 100, 200, 400, 1000}
+
+
+def check_mpp(mpp, where: str = "") -> float:
+    """`mpp` as a number, if it can be micrometres per pixel: the one check, wherever somebody states a scale.
+
+    Args:
+        mpp: A number, or text that is one.
+        where: It stands, for the message ("row 3 of slides.csv").
+
+    Raises:
+        ValueError: It is not a positive finite number, or not one of a microscope (`PLAUSIBLE`): says what it may be.
+    """
+    place = f" ({where})" if where else ""
+    try:
+        value = float(mpp)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"micrometres per pixel must be a number like 0.25, not {mpp!r}{place}") from error
+    if not (np.isfinite(value) and value > 0):
+        raise ValueError(f"micrometres per pixel must be a positive finite number like 0.25, not {value:g}{place}")
+    low, high = PLAUSIBLE
+    if low <= value <= high:
+        return value
+    hint = ""
+    if value in _MAGNIFICATIONS and value > high:
+        hint = (
+            f"; if you mean a magnification of {value:g}: a scanner's 40x is about 0.25 um/px and its 20x about 0.5, "
+            "BreaKHis' 40X (total) is 0.49"
+        )
+    elif low <= value / 1e3 <= high:
+        hint = f"; in nanometres it would be {value / 1e3:g} um/px"
+    else:
+        for unit, factor in (("millimetres", 1e3), ("centimetres", 1e4), ("metres", 1e6)):
+            if low <= value * factor <= high:
+                hint = f"; in {unit} it would be {value * factor:g} um/px"
+                break
+    kind = "coarser" if value > high else "finer"
+    raise ValueError(f"{value:g} micrometres per pixel are {kind} than any microscope's ({low} to {high}){hint}{place}")
 
 
 def rescale(image_or_ds, mpp: float, *, native_mpp: float | None = None, image_column: str = "image"):
@@ -154,7 +192,7 @@ def read_mpp(path) -> float | None:
         found = unit / (resolution[0] * resolution[1]) ** 0.5
     else:
         return None
-    return found if _PLAUSIBLE[0] <= found <= _PLAUSIBLE[1] else None
+    return found if PLAUSIBLE[0] <= found <= PLAUSIBLE[1] else None
 
 
 def _ome_size(xml: str, axis: str) -> float | None:

@@ -11,8 +11,7 @@ import numpy as np
 from PIL import Image
 
 from magnification_invariant.data.images import SUFFIXES, EncodedImages, open_image
-
-COARSEST = 20.0  # um/px; no microscope is coarser
+from magnification_invariant.data.scale import check_mpp
 
 
 class Item(NamedTuple):
@@ -27,26 +26,6 @@ class Item(NamedTuple):
     name: str
     image: Any
     mpp: float | None
-
-
-def check_mpp(mpp: float | str) -> float:
-    """`mpp` as a number, if it can be micrometres per pixel.
-
-    Raises:
-        ValueError: it is not a positive number, or so large that somebody meant a magnification.
-    """
-    try:
-        mpp = float(mpp)
-    except ValueError as error:
-        raise ValueError(f"micrometres per pixel must be a number like 0.25, not {mpp!r}") from error
-    if not (math.isfinite(mpp) and mpp > 0):
-        raise ValueError(f"micrometres per pixel must be a positive number, not {mpp:g}")
-    if mpp > COARSEST:
-        raise ValueError(
-            f"{mpp:g} micrometres per pixel are coarser than any microscope; if you mean a magnification of {mpp:g}: a "
-            "scanner's 40x is about 0.25 um/px and its 20x about 0.5, BreaKHis' 40X (total) is 0.49"
-        )
-    return mpp
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
