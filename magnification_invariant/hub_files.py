@@ -20,7 +20,8 @@ def resolve(
     """Local path of `file` in a folder, or in a Hub model repository, downloaded into the Hub cache if needed.
 
     Args:
-        repo_or_folder: a model's folder or that of its run, or a repository id with or without timm's ``hf-hub:`` before and ``@revision`` behind.
+        repo_or_folder: a model's folder or that of its run, or a repository id with or without timm's ``hf-hub:``
+            before and ``@revision`` behind.
         file: path inside it, one of `SAFE_FILES`.
         revision: branch, tag or commit.
         cache_dir: instead of the Hub's own cache.

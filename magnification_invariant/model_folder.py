@@ -109,12 +109,12 @@ def logits_of(folder: Path, image: Image.Image) -> list[float]:
         return model(transform(image.convert("RGB")).unsqueeze(0))[0].tolist()
 
 
-def load_model(repo_or_folder: str, revision: str | None = None) -> tuple[torch.nn.Module, dict[str, Any], Path]:
-    """The only loader of a model folder or Hub repository: the network in eval mode, its config, and where it lies.
+def open_model(repo_or_folder: str, revision: str | None = None) -> tuple[Path, dict[str, Any]]:
+    """Folder and config of a model that this package wrote, from a folder, a run or the Hub.
 
     Raises:
-        ValueError: Config or weights are not those of one model: says which file, what is wrong, and the way on.
-        OSError: There is no such folder, repository or file.
+        ValueError: It is no such model, or one of version 0.1.
+        OSError: There is no such folder or repository.
     """
     config = read_model_config(repo_or_folder, revision)
     if missing := [key for key in WANTED if key not in config]:
@@ -124,24 +124,32 @@ def load_model(repo_or_folder: str, revision: str | None = None) -> tuple[torch.
         )
     if config.get("format") != FORMAT:
         raise ValueError(
-            f"{repo_or_folder} was written by version 0.1 of magnification_invariant, which looked at images in another "
+            f"{repo_or_folder} was written by version 0.1 of magnification_invariant, which showed images in another "
             "way: its temperature, records and signature do not hold any more. Train it again, or load it with timm"
         )
-    folder = snapshot(repo_or_folder, revision)
+    return snapshot(repo_or_folder, revision), config
+
+
+def load_model(folder: Path, config: dict[str, Any]) -> torch.nn.Module:
+    """The only loader of a model's weights: what `open_model` gave to the network, in eval mode.
+
+    Raises:
+        ValueError: The weights are damaged or of another network: names the file, and the way on.
+        OSError: There are none.
+    """
     file = resolve(str(folder), "model.safetensors")
     arguments = config.get("model_args", {})
     model = timm.create_model(config["architecture"], num_classes=config["num_classes"], **arguments).eval()
-    pretrained = config["pretrained_cfg"]
-    model.pretrained_cfg = {**model.pretrained_cfg, "mean": pretrained["mean"], "std": pretrained["std"]}
+    model.pretrained_cfg = {**model.pretrained_cfg, **{k: config["pretrained_cfg"][k] for k in ("mean", "std")}}
     try:
         model.load_state_dict(read_weights(file))
     except RuntimeError as error:
-        lines = " ".join(str(error).split())
+        why = " ".join(str(error).split())[:300]
         raise ValueError(
             f"{file} holds other weights than those of a {config['architecture']} with {config['num_classes']} "
-            f"classes, which config.json beside it names ({lines[:300]}): fetch both again"
+            f"classes, which config.json beside it names ({why}): fetch both again"
         ) from error
-    return model, config, folder
+    return model
 
 
 def read_weights(file: Path) -> dict[str, torch.Tensor]:

@@ -89,7 +89,7 @@ class _Cache:
         except (ValueError, IndexError) as error:
             damaged, what = True, str(error)
         if damaged:
-            warnings.warn(f"the pixel cache is damaged: {what}; decoding again", stacklevel=3)
+            warnings.warn(f"the pixel cache is damaged: {what}; decoding again", stacklevel=4)
         return not damaged
 
     def _build(self, images: EncodedImages, pool: ThreadPoolExecutor) -> None:

@@ -22,7 +22,7 @@ from magnification_invariant.data.pixels import ahead
 from magnification_invariant.data.scale import check_mpp, read_mpp
 from magnification_invariant.data.views import View, mean_over_tiles, show, tiles, view_mpp
 from magnification_invariant.engine import Network
-from magnification_invariant.model_folder import load_model
+from magnification_invariant.model_folder import load_model, open_model
 from magnification_invariant.predict.inputs import Item, items_of, open_item
 from magnification_invariant.records import POSITIVE, Run
 from magnification_invariant.signatures import SignatureProjector
@@ -65,6 +65,7 @@ class Classifier:
 
     Attributes:
         folder: where its files lie.
+        source: what to load it by again, in any process: the folder, or the Hub repository.
         config: its ``config.json``.
         labels: class names; the second is the positive one.
         size: side of the network's square input in pixels.
@@ -79,7 +80,7 @@ class Classifier:
 
     def __init__(self, folder: Path, config: dict, run: Runner, *, network=None, projector=None, batch_size: int = 32):
         self.folder, self.config, self.run, self.network = Path(folder), config, run, network
-        self.projector, self.batch_size = projector, batch_size
+        self.projector, self.batch_size, self.source = projector, batch_size, str(self.folder.resolve())
         self.labels, self.temperature = config["label_names"], config["temperature"]
         self.size = config["pretrained_cfg"]["input_size"][-1]
         self.base_range, self.mpp_range = config.get("base_range"), config.get("mpp_range")
@@ -109,11 +110,12 @@ class Classifier:
         """
         if backend not in BACKENDS:
             raise ValueError(f"unknown backend {backend!r}; choose from {', '.join(BACKENDS)}")
-        model, config, folder = load_model(str(repo_or_folder), revision)
+        folder, config = open_model(str(repo_or_folder), revision)
         network, projector = None, None
         if any((folder / f"signature.{kind}").is_file() for kind in ("json", "safetensors")):
             projector = SignatureProjector.from_pretrained(folder)
         if backend == "torch":
+            model = load_model(folder, config)
             network = Network(model, projector.embedding if projector else "penultimate")
             run = network.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).runner()
         elif (folder / ONNX_FILE).is_file():
@@ -123,7 +125,10 @@ class Classifier:
                 f"{folder} holds no {ONNX_FILE}: `magdg export {repo_or_folder} --out FOLDER` writes one: name FOLDER "
                 "as the model"
             )
-        return cls(folder, config, run, network=network, projector=projector, batch_size=batch_size)
+        classifier = cls(folder, config, run, network=network, projector=projector, batch_size=batch_size)
+        if not Path(repo_or_folder).expanduser().is_dir():
+            classifier.source = str(repo_or_folder)
+        return classifier
 
     def predict(
         self,
