@@ -21,7 +21,7 @@ _PUBLIC = {
     "assert_disjoint": "splits",
     "rescale": "scale",
     "digital_zoom": "scale",
-    "read_mpp": "scale",
+    "read_mpp": "stated_scale",
     "PixelCache": "pixels",
     "ViewCache": "pixels",
     "show": "views",

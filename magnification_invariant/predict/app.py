@@ -8,7 +8,8 @@ import numpy as np
 from PIL import Image
 
 from magnification_invariant.data.images import SUFFIXES, to_rgb
-from magnification_invariant.data.scale import check_mpp, read_mpp
+from magnification_invariant.data.scale import check_mpp
+from magnification_invariant.data.stated_scale import stated_scale
 from magnification_invariant.models.magdg import PACKAGED
 from magnification_invariant.predict.classifier import Classifier
 from magnification_invariant.predict.explain import draw, map_of_view
@@ -122,12 +123,15 @@ def _scale(path: str, mpp: str, known: str | None) -> float:
     """Micrometres per pixel as stated on the page, else in the file."""
     if mpp.strip():
         return check_mpp(mpp)
-    stated = SCALES.get(known) or read_mpp(path)
-    if stated is None:
+    if known:
+        return SCALES[known]
+    stated = stated_scale(path)
+    if stated.mpp is None:
         raise ValueError(
-            "The scale is not known: the file does not state it. Give micrometres per pixel, or choose a magnification."
+            f"The scale is not known: {stated.note or 'the file does not state it'}. Give micrometres per pixel, or "
+            "choose a magnification."
         )
-    return check_mpp(stated)
+    return stated.mpp
 
 
 def _figure(width: float, height: float, columns: int):

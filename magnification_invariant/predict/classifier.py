@@ -19,11 +19,12 @@ from magnification_invariant import metrics
 from magnification_invariant.data.apparent_scale import FACTOR, apparent_mpp
 from magnification_invariant.data.images import to_rgb
 from magnification_invariant.data.pixels import ahead
-from magnification_invariant.data.scale import check_mpp, read_mpp
+from magnification_invariant.data.scale import check_mpp
+from magnification_invariant.data.stated_scale import StatedScale
 from magnification_invariant.data.views import View, mean_over_tiles, show, tiles, view_mpp
 from magnification_invariant.engine import Network
 from magnification_invariant.model_folder import load_model, open_model
-from magnification_invariant.predict.inputs import Item, items_of, open_item
+from magnification_invariant.predict.inputs import Item, items_of, open_item, scale_of
 from magnification_invariant.records import POSITIVE, Run
 from magnification_invariant.signatures import SignatureProjector
 
@@ -185,14 +186,23 @@ class Classifier:
             for outputs in mean_over_tiles(self.run, shown(pool), self.batch_size):
                 yield self._finished(loaded.pop(0).row, outputs)
 
-    def view_of(self, image: Image.Image, native: float | None, view: str | float = "normalised") -> tuple[View, float]:
+    def view_of(
+        self, image: Image.Image, native: float | None, view: str | float = "normalised", note: str = ""
+    ) -> tuple[View, float]:
         """An RGB image as the network is shown it, and its um/px at the network's input.
+
+        Args:
+            image: RGB.
+            native: Its um/px, None where unknown.
+            view: See `data.views.view_mpp`.
+            note: Why it is unknown.
 
         Raises:
             ValueError: Its scale is not known, and the view is chosen by it; it is too small.
         """
         if native is None and ((view == "normalised" and self.base_range) or not isinstance(view, str)):
-            raise ValueError("its scale is not known: the file does not state it, so pass mpp, micrometres per pixel")
+            why = note or "the file does not state it"
+            raise ValueError(f"its scale is not known: {why}; pass mpp, micrometres per pixel")
         mpp = float(view_mpp(view, native or 1.0, min(image.size), self.size, self.base_range))
         return show(image, native or 1.0, mpp, self.size), mpp if native else float("nan")
 
@@ -204,19 +214,16 @@ class Classifier:
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large images are what tiles are for
                 image = open_item(item.image)
                 frames = getattr(image, "n_frames", 1)
-                native = item.mpp
-                if native is None and isinstance(item.image, str | Path):
-                    native = read_mpp(item.image)
-                if native is not None:
-                    row["native_mpp"] = native = check_mpp(native)
+                stated = StatedScale(check_mpp(item.mpp)) if item.mpp is not None else scale_of(item.image)
+                row["native_mpp"] = native = stated.mpp
                 image = to_rgb(image)
             row["width"], row["height"] = image.size
             row["apparent_mpp"] = apparent_mpp(image)
             if strict and native and self.mpp_range and native > self._coarsest:
                 raise ValueError(self._coarser(native))
-            loaded.view, mpp = self.view_of(image, native, view)
+            loaded.view, mpp = self.view_of(image, native, view, stated.note)
             row["mpp"], row["filled"] = (mpp if native else None), loaded.view.filled
-            row["warning"] = "; ".join(self._doubts(row, native, frames)) or None
+            row["warning"] = "; ".join([stated.note] * bool(stated.note) + [*self._doubts(row, native, frames)]) or None
         except Exception as error:  # Pillow raises whatever its decoders do; one bad file must not stop the others
             row["error"], loaded.view = str(error) or type(error).__name__, None
         return loaded

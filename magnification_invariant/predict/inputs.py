@@ -1,6 +1,7 @@
 """What can be predicted: files, folders, patterns, tables, pictures and arrays, each as an item with name and scale."""
 
 import glob
+import io
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -12,6 +13,7 @@ from PIL import Image
 
 from magnification_invariant.data.images import SUFFIXES, EncodedImages, open_image
 from magnification_invariant.data.scale import check_mpp
+from magnification_invariant.data.stated_scale import StatedScale, stated_scale
 
 
 class Item(NamedTuple):
@@ -110,3 +112,20 @@ def open_item(image) -> Image.Image:
     if image is None or not all(image.size):
         raise ValueError("it has no pixels")
     return image
+
+
+def scale_of(image: Any) -> StatedScale:
+    """What the file of an item states of its scale; nothing of an array.
+
+    Raises:
+        OSError: not an image.
+    """
+    if isinstance(image, tuple):
+        encoded, i = image
+        path, content = encoded[i]
+        return stated_scale(path if content is None else io.BytesIO(content))
+    if isinstance(image, Image.Image):
+        image = getattr(image, "filename", None) or getattr(image, "fp", None)
+    if isinstance(image, str | Path) and str(image):
+        return stated_scale(image)
+    return StatedScale(None)
