@@ -37,7 +37,7 @@ from magnification_invariant.data.pixels import PixelCache
 from magnification_invariant.data.splits import leave_one_magnification_out
 from magnification_invariant.engine import MEAN, STD, FitConfig, TrainRows, fit, normalise, predict
 from magnification_invariant.tasks import MagGAN, Task, get_task
-from magnification_invariant.virtual_slides.dataset import render_field, virtual_field
+from magnification_invariant.virtual_slides import render_field, virtual_field
 
 MAGNIFICATIONS = (40, 100, 200, 400)
 METHODS = ("erm", "dann", "gan")

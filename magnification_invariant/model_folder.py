@@ -14,7 +14,7 @@ from PIL import Image
 from magnification_invariant.data.published import slides
 from magnification_invariant.hub_files import resolve
 from magnification_invariant.models import plain_architecture
-from magnification_invariant.virtual_slides.dataset import YEAR, render_field, virtual_field
+from magnification_invariant.virtual_slides import YEAR, render_field, virtual_field
 
 
 def source_name(ds) -> str:

@@ -8,6 +8,7 @@ from importlib import import_module
 _PUBLIC = {
     "load_breakhis": "breakhis",
     "BreaKHis": "breakhis_builder",
+    "load_virtual_slides": "virtual",
     "load_table": "table",
     "describe": "table",
     "verify": "verification",

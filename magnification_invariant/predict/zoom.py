@@ -36,7 +36,7 @@ from magnification_invariant.data.scale import rescale
 from magnification_invariant.data.splits import domain_column, domain_name
 from magnification_invariant.predict import Classifier
 from magnification_invariant.records import ZOOM, last_epoch
-from magnification_invariant.virtual_slides.dataset import GENERATOR_VERSION, SIDECAR, Optics, render_field
+from magnification_invariant.virtual_slides import GENERATOR_VERSION, SIDECAR, Optics, render_field
 
 RENDERED_POINTS, PHOTOGRAPH_POINTS = 9, 5
 BEYOND = 2.0  # how far the rendered curve goes beyond what was trained on, as a factor at either end
