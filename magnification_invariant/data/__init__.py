@@ -7,7 +7,6 @@ from importlib import import_module
 
 _PUBLIC = {
     "load_breakhis": "breakhis",
-    "BreaKHis": "breakhis_builder",
     "load_virtual_slides": "virtual",
     "load_table": "table",
     "describe": "table",
@@ -16,7 +15,6 @@ _PUBLIC = {
     "Split": "splits",
     "Folds": "splits",
     "deal_folds": "splits",
-    "official_folds": "splits",
     "leave_one_domain_out": "splits",
     "leave_one_magnification_out": "splits",
     "assert_disjoint": "splits",

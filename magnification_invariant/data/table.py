@@ -141,7 +141,7 @@ def _read_folder(folder: Path) -> datasets.Dataset | dict[str, list]:
         if metadata:
             if "file_name" not in columns:
                 raise ValueError(f"{path} has no column 'file_name', which says what image a row is of.")
-            columns = {"image": [str(path.parent / name) for name in column_values(columns, "file_name")], **columns}
+            columns = {"image": [str(path.parent / name) for name in _text(columns, "file_name")], **columns}
         if tables and columns.keys() != tables[0].keys():
             raise ValueError(f"{path} has other columns than {(metadata or plain)[0]}.")
         tables.append(columns)
@@ -171,7 +171,8 @@ def _read_csv(path: Path) -> dict[str, list[str | None]]:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path} is not UTF-8 (line {line}: {error.object[error.start :][:1]!r}); save it as UTF-8.")
+        byte = error.object[error.start : error.start + 1]
+        raise ValueError(f"{path} is not UTF-8 (line {line}: {byte!r}); save it as UTF-8.") from error
     reader = csv.reader(io.StringIO(text, newline=""))
     lines = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     if not lines:
@@ -236,7 +237,7 @@ def _standard(table: datasets.Dataset | dict[str, list], folder: Path | None, na
     images = _images(table, names["image"], folder)
     label, classes = _classes(table, names["label"])
     domain = _text(table, names["domain"])
-    filename, stated, content = _files(images)
+    filename, stated, content = _files(images, read_scale="mpp" not in there)
     if names["group"] is None:
         warnings.warn(
             "without groups every image is its own: images of one patient will be in training and in test, and the "
@@ -333,8 +334,7 @@ def _images(table, column: str, folder: Path | None) -> datasets.Dataset:
 
     try:
         if isinstance(table, Mapping) or getattr(table.features[column], "dtype", None) in ("string", "large_string"):
-            paths = [str(Path(folder or "", path)) for path in column_values(table, column)]
-            paths = [path if os.path.exists(path) else path.strip() for path in paths]
+            paths = [str(Path(folder or "", path)) for path in _text(table, column)]
             absent = [path for path in paths if not os.path.isfile(path)]
             if absent:
                 raise FileNotFoundError(f"{len(absent):,} images are not where the table says; the first: {absent[0]}")
@@ -346,7 +346,7 @@ def _images(table, column: str, folder: Path | None) -> datasets.Dataset:
         raise ValueError(f"The column {column!r} holds no images ({error}).") from error
 
 
-def _files(images: datasets.Dataset) -> tuple[list[str], list[float], list[bytes]]:
+def _files(images: datasets.Dataset, read_scale: bool) -> tuple[list[str], list[float], list[bytes]]:
     """What to call each image, below the folder that all share; the scale that its file states; a hash of the file."""
     encoded = EncodedImages(images)
 
@@ -356,7 +356,7 @@ def _files(images: datasets.Dataset) -> tuple[list[str], list[float], list[bytes
             raise ValueError(f"Row {i} has no image; drop it.")
         try:
             content = Path(path).read_bytes() if content is None else content
-            mpp = read_mpp(io.BytesIO(content))
+            mpp = read_mpp(io.BytesIO(content)) if read_scale else None
         except Exception as error:  # whatever Pillow raises on a damaged file
             raise ValueError(f"cannot read the image {name_of((path, content))} (row {i}): {error}") from error
         return path or f"row-{i:06d}", math.nan if mpp is None else mpp, hashlib.blake2b(content).digest()
