@@ -32,8 +32,7 @@ def virtual_split(args):
     """The table, and which of its rows train, validate and test."""
     from datasets import concatenate_datasets
 
-    from magnification_invariant.data import Split
-    from magnification_invariant.virtual_slides import load_virtual_slides
+    from magnification_invariant.data import Split, load_virtual_slides
 
     size = (args.width, round(args.width * 460 / 700))
     sides = {"train": (args.first_patient, args.patients)}

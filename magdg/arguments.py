@@ -100,8 +100,7 @@ def load_data(args: argparse.Namespace):
                 "Where there is none, --no-groups makes every image its own group; images of one patient are then on "
                 "both sides, and the results too good."
             )
-    from magnification_invariant.data import load_breakhis, load_table
-    from magnification_invariant.virtual_slides import load_virtual_slides
+    from magnification_invariant.data import load_breakhis, load_table, load_virtual_slides
 
     if not columns:
         return load_virtual_slides() if args.data == VIRTUAL else load_breakhis(args.data)

@@ -19,12 +19,12 @@ def run(args) -> int:
 
     from PIL import Image
 
+    from magnification_invariant.data import load_virtual_slides
     from magnification_invariant.lomo.grid import make_grid, run_grid
     from magnification_invariant.model_folder import logits_of
     from magnification_invariant.report.pictures import curves, embedding_map, montage, reliability
     from magnification_invariant.report.runs import Run
     from magnification_invariant.report.table import markdown, summarise
-    from magnification_invariant.virtual_slides import load_virtual_slides
 
     print(
         "These are VIRTUAL slides: procedural drawings of H&E, not patients. They show that the path works; they say\n"

@@ -17,7 +17,7 @@ from magnification_invariant.data.views import DRAWS, mean_over_tiles, random_vi
 from magnification_invariant.files import whole
 from magnification_invariant.models import embed
 from magnification_invariant.tasks import Task
-from magnification_invariant.tasks.task import option
+from magnification_invariant.tasks.options import option
 
 CHECKPOINT_SECONDS = 60.0  # between two checkpoints: what a killed run does again, and an epoch
 

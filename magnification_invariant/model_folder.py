@@ -15,7 +15,7 @@ from magnification_invariant.data.published import slides
 from magnification_invariant.files import read_json, whole
 from magnification_invariant.hub_files import resolve, snapshot
 from magnification_invariant.models import plain_architecture
-from magnification_invariant.virtual_slides.dataset import YEAR, render_field, virtual_field
+from magnification_invariant.virtual_slides import YEAR, render_field, virtual_field
 
 WANTED = ("name", "architecture", "num_classes", "label_names", "temperature", "pretrained_cfg")  # of config.json
 FORMAT = 2  # of the folder; 1 had another view of the images, and its numbers are not those of this package

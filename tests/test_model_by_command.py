@@ -8,7 +8,7 @@ from PIL import Image
 
 from magdg import main
 from magnification_invariant.models.magdg import PACKAGED
-from magnification_invariant.virtual_slides.dataset import render_field, virtual_field
+from magnification_invariant.virtual_slides import render_field, virtual_field
 
 RUN = ["--methods", "erm", "--held-out", "40", "--folds", "0", "--n-folds", "3", "--epochs", "1", "--batch-size", "8"]
 RUN += ["--model", "test_magdg_resnet", "--image-size", "32", "--learning-rate", "3e-3", "--threads", "1"]

@@ -7,7 +7,7 @@ from importlib import import_module
 
 _PUBLIC = {
     "load_breakhis": "breakhis",
-    "BreaKHis": "breakhis_builder",
+    "load_virtual_slides": "virtual",
     "load_table": "table",
     "describe": "table",
     "verify": "verification",
@@ -15,7 +15,6 @@ _PUBLIC = {
     "Split": "splits",
     "Folds": "splits",
     "deal_folds": "splits",
-    "official_folds": "splits",
     "leave_one_domain_out": "splits",
     "leave_one_magnification_out": "splits",
     "assert_disjoint": "splits",

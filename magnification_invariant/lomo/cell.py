@@ -13,7 +13,7 @@ from magnification_invariant.engine import FitConfig
 from magnification_invariant.records import Run
 from magnification_invariant.tasks import get_task
 from magnification_invariant.tasks.floors import FLOORS, READ_IMAGES
-from magnification_invariant.tasks.task import option
+from magnification_invariant.tasks.options import option
 
 # The paper's own recipe is not published: "paper" adds nothing it does not mention.
 RECIPES = {

@@ -16,7 +16,7 @@ from magnification_invariant.predict.explain import draw, map_of_view
 from magnification_invariant.predict.inputs import Item
 from magnification_invariant.predict.search import SignatureIndex, similar_cases
 from magnification_invariant.records import POSITIVE
-from magnification_invariant.virtual_slides.dataset import render_field, virtual_field, virtual_patient
+from magnification_invariant.virtual_slides import render_field, virtual_field, virtual_patient
 
 DEFAULT_MODEL = PACKAGED / "magdg_resnet18.virtual"
 MOST_PIXELS = 25_000_000

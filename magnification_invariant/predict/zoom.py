@@ -31,7 +31,7 @@ from magnification_invariant.data.views import field_mpp, mean_over_tiles, show,
 from magnification_invariant.files import read_json
 from magnification_invariant.predict.classifier import Classifier
 from magnification_invariant.records import ZOOM, Run, write_table
-from magnification_invariant.virtual_slides.dataset import GENERATOR_VERSION, SIDECAR, Optics, render_field
+from magnification_invariant.virtual_slides import GENERATOR_VERSION, SIDECAR, Optics, render_field
 
 RENDERED_POINTS, PHOTOGRAPH_POINTS = 9, 5
 BEYOND = 2.0  # how far the rendered curve goes beyond what was trained on, as a factor at either end

@@ -14,10 +14,6 @@ TASKS: dict[str, type["Task"]] = {}
 """Methods by name, entered by `register`."""
 
 
-def option(default, help, *, search=None, choices=None):
-    return field(default=default, metadata={"help": help, "search": search, "choices": choices})
-
-
 @dataclass
 class Player:
     """A set of parameters with its own optimizer; most methods have one, adversaries in alternation have two.

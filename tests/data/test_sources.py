@@ -13,11 +13,11 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from magnification_invariant.data.breakhis_builder import BreaKHis
 from PIL import Image
 
 from magnification_invariant.data import archives
 from magnification_invariant.data.breakhis import features, load_breakhis, name_fields
-from magnification_invariant.data.breakhis_builder import BreaKHis
 from magnification_invariant.data.parquet import to_parquet
 from magnification_invariant.data.published import slides
 

@@ -9,7 +9,7 @@ from scipy.special import softmax
 from magnification_invariant.data.views import show
 from magnification_invariant.model_folder import logits_of
 from magnification_invariant.predict import Classifier, Item, check_mpp
-from magnification_invariant.virtual_slides.dataset import render_field, virtual_field
+from magnification_invariant.virtual_slides import render_field, virtual_field
 
 
 @pytest.fixture(scope="module")
