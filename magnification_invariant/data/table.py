@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 
 from magnification_invariant.data.images import EncodedImages, image_files, name_of, printable
 from magnification_invariant.data.scale import check_mpp
-from magnification_invariant.data.stated_scale import stated_scale
 from magnification_invariant.data.splits import column_values, domain_column, domain_name
+from magnification_invariant.data.stated_scale import stated_scale
 from magnification_invariant.files import read_json, read_json_lines
 
 if TYPE_CHECKING:

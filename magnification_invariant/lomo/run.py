@@ -18,8 +18,14 @@ import torch
 
 from magnification_invariant import metrics
 from magnification_invariant.data.pixels import PixelCache, ViewCache, decoded_views
-from magnification_invariant.data.splits import Folds, Split, assert_disjoint, domain_column, domain_name
-from magnification_invariant.data.splits import leave_one_domain_out as split_by_cell
+from magnification_invariant.data.splits import (
+    Folds,
+    Split,
+    assert_disjoint,
+    domain_column,
+    domain_name,
+    leave_one_domain_out,
+)
 from magnification_invariant.data.views import CROP_PCT, DRAWS, cache_height, field_mpp, random_view, view_mpp
 from magnification_invariant.engine import Diverged, TrainRows, fit, normalisation, predict
 from magnification_invariant.files import Busy, locked, read_json, write_json
@@ -145,7 +151,7 @@ def _split(cell: Cell, ds) -> Split:
     if cell.split:
         return Folds.from_json(cell.split).split(ds, cell.held_out, cell.fold)
     dealt = {"n_folds": cell.n_folds, "fold": cell.fold, "split_seed": cell.split_seed}
-    return split_by_cell(ds, cell.held_out, **dealt, domain_column=domain_column(ds))
+    return leave_one_domain_out(ds, cell.held_out, **dealt)
 
 
 def _job(cell: Cell, ds, run: Run, split: Split, accelerator) -> _Job:

@@ -29,10 +29,15 @@ def assert_one_road(run: Run, ds) -> None:
         rows = classifier.predict(ds.select([row_of[name] for name in recorded["filename"]]), view=view)
         assert np.abs([row["probability"] for row in rows] - recorded["probability"]).max() <= 1e-5
         np.testing.assert_allclose([row["mpp"] for row in rows], recorded["mpp"], rtol=1e-9)
-        if view == "protocol" and classifier.projector:
-            signature = classifier.projector.transform(run.embeddings(part))
-            scale = np.abs(signature).max()
-            assert np.abs(np.array([row["signature"] for row in rows]) - signature).max() <= 1e-4 * scale
+        if view == "protocol":
+            embedding = run.embeddings(part)
+            np.testing.assert_allclose(
+                [row["embedding"] for row in rows], embedding, atol=1e-4 * np.abs(embedding).max()
+            )
+            if run.results["signature"]["size"]:
+                signature = classifier.projector.transform(embedding)
+                difference = np.abs(np.array([row["signature"] for row in rows]) - signature)
+                assert difference.max() <= 1e-4 * np.abs(signature).max()
 
 
 def test_virtual_slides(tmp_path):

@@ -100,7 +100,7 @@ def test_the_zoom_curve_of_one_image(classifier):
     assert mpp.tolist() == [3.0] and np.isfinite(probability).all()
 
 
-@pytest.mark.parametrize("mpp", [0.08, 0.25, 0.5])
+@pytest.mark.parametrize("mpp", [0.22, 0.3, 0.5])
 def test_a_scale_ten_times_wrong_is_seen_in_the_pixels(classifier, mpp):
     images = [tissue(mpp, (512, 400), patient=i) for i in range(4)]
     items = [Item(str(i), image, m) for i, image in enumerate(images) for m in (mpp, mpp * 10, mpp / 10)]
