@@ -93,7 +93,14 @@ class _Job:
 
 
 def run_cell(
-    cell: Cell, ds, folder: Path, *, split: Split | None = None, accelerator=None, data_source: str | None = None
+    cell: Cell,
+    ds,
+    folder: Path,
+    *,
+    split: Split | None = None,
+    accelerator=None,
+    data_source: str | None = None,
+    half: bool = False,
 ) -> None:
     """Train, predict, explain by a signature, and record one cell; a run that was cut off is taken up where it stopped.
 
@@ -101,6 +108,8 @@ def run_cell(
         split: instead of the cell's own; one that holds no domain out has the tested rows in `test_source`.
         accelerator: whose processes share the training; one for this process by default.
         data_source: as the data were named by who asked for them; recorded.
+        half: round the trained matrices to what float16 holds before they are recorded: the model's file is half as
+            large, and what is recorded is what it gives.
 
     Raises:
         ValueError: the folder holds other settings; the table cannot be split so; the start has seen the test.
@@ -119,7 +128,10 @@ def run_cell(
         job = _job(cell, ds, Run(folder), split, accelerator)
         config = {**cell.identity(ds), "machine": _machine()}
         config["cell"]["data_source"] = data_source
-        (_run_floor if cell.method in FLOORS else _run_network)(job, config)
+        if cell.method in FLOORS:
+            _run_floor(job, config)
+        else:
+            _run_network(job, config, half)
 
 
 @contextmanager
@@ -192,7 +204,7 @@ def _run_floor(job: _Job, config: dict) -> None:
     run.write_results({"temperature": 1.0, "parts": evaluate(run, 1.0), "rescaled": _rescaled(job)})
 
 
-def _run_network(job: _Job, config: dict) -> None:
+def _run_network(job: _Job, config: dict, half: bool) -> None:
     started, main, cell, run = time.perf_counter(), job.accelerator.is_main_process, job.cell, job.run
     train = job.split.train
     domains, domain = np.unique(job.columns["domain"][train], return_inverse=True)
@@ -206,6 +218,9 @@ def _run_network(job: _Job, config: dict) -> None:
     prepare_seconds = time.perf_counter() - started
 
     def on_epoch(epoch: int, model: torch.nn.Module, log: dict) -> None:
+        if half and epoch + 1 == cell.fit.epochs:
+            for parameter in (each.data for each in model.parameters() if each.ndim > 1):
+                parameter.copy_(parameter.half())
         logits = {part: _predicted(job, model, part)[0] for part in job.parts}
         if not all(np.isfinite(values).all() for values in logits.values()):
             raise Diverged(f"the model of epoch {epoch} predicts what is not a finite number")
