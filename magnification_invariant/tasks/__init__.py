@@ -15,22 +15,5 @@ from magnification_invariant.tasks.multitask import MultiTask
 from magnification_invariant.tasks.frozen import Frozen
 # isort: on
 
-__all__ = [
-    "CDANN",
-    "CORAL",
-    "DANN",
-    "DCGAN",
-    "ERM",
-    "TASKS",
-    "DegradedERM",
-    "Frozen",
-    "MagGAN",
-    "MixStyle",
-    "MultiTask",
-    "Player",
-    "Task",
-    "check_options",
-    "get_task",
-    "option",
-    "register",
-]
+__all__ = ["CDANN", "CORAL", "DANN", "DCGAN", "ERM", "DegradedERM", "Frozen", "MagGAN", "MixStyle", "MultiTask"]
+__all__ += ["TASKS", "Player", "Task", "check_options", "get_task", "option", "register"]

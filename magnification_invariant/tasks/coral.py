@@ -16,8 +16,7 @@ class CORAL(Task):
 
     For two domains the loss is the paper's equation 1, ``||C_a - C_b||_F^2 / (4 w^2)``, C a covariance (over n - 1) of
     pooled features of width w; for more it is the mean over pairs, as in DomainBed, times the option
-    ``coral_weight``. Means are not
-    aligned, as in the paper (DomainBed adds their distance, and leaves out the factor 1/4).
+    ``coral_weight``. Means are not aligned, as in the paper (DomainBed does, and leaves out the factor 1/4).
 
     A domain with fewer than two images in the batch has no covariance, and its pairs are left out of the sum.
     With several processes each aligns the covariances of its own share of the batch: no mean over all images.
@@ -25,12 +24,7 @@ class CORAL(Task):
 
     @dataclass(frozen=True)
     class Options(Task.Options):
-        coral_weight: float = option(1.0, "weight of the alignment", search=(0.1, 1000.0, "log"))
-
-        def __post_init__(self):
-            super().__post_init__()
-            if self.coral_weight < 0:
-                raise ValueError(f"coral_weight is at least 0, not {self.coral_weight}")
+        coral_weight: float = option(1.0, "weight of the alignment", search=(0.1, 1e3, "log"), bounds=(0, 1e9))
 
     arch = "magerm_resnet18"
     num_domains = 0
@@ -46,12 +40,8 @@ class CORAL(Task):
             raise RuntimeError("CORAL does not know its domains yet: call its prepare() before training")
         output, pooled = embed(self.model, input)
         class_loss, coral_loss = self.class_loss(output, target), coral(pooled, domain, self.num_domains)
-        return {
-            "loss": class_loss + self.options.coral_weight * coral_loss,
-            "output": output,
-            "class_loss": class_loss.detach(),
-            "coral_loss": coral_loss.detach(),
-        }
+        parts = {"class_loss": class_loss.detach(), "coral_loss": coral_loss.detach()}
+        return {"loss": class_loss + self.options.coral_weight * coral_loss, "output": output, **parts}
 
 
 def coral(features: torch.Tensor, domain: torch.Tensor, num_domains: int) -> torch.Tensor:

@@ -26,11 +26,8 @@ class DANN(Task):
 
     With ``critic_steps`` the domain head is a player of its own, which trains on frozen features.
 
-    Args:
-        model: Any timm classifier with a domain head, as `create_model` gives it and `models.add_domain_head`.
-
     Raises:
-        ValueError: If the model has no domain head.
+        ValueError: If the model has no domain head, see `models.add_domain_head`.
     """
 
     @dataclass(frozen=True)
@@ -42,12 +39,9 @@ class DANN(Task):
             search=("dann", "adaptive"),
             choices=("dann", "constant", "linear", "adaptive"),
         )
-        critic_steps: int = option(0, "steps of the domain head alone before each step of the rest; 0: common steps")
-
-        def __post_init__(self):
-            super().__post_init__()
-            if self.critic_steps < 0:
-                raise ValueError(f"critic_steps is a number of steps, 0 for common ones, not {self.critic_steps}")
+        critic_steps: int = option(
+            0, "steps of the domain head alone before each step of the rest; 0: common steps", bounds=(0, 1000)
+        )
 
     arch = "magdg_resnet18"
 

@@ -30,12 +30,7 @@ class Frozen(Task):
 
     @dataclass(frozen=True)
     class Options(Task.Options):
-        head_l2: float = option(1e-3, "weight of the classifier's L2 penalty", search=(1e-4, 1.0, "log"))
-
-        def __post_init__(self):
-            super().__post_init__()
-            if self.head_l2 < 0:
-                raise ValueError(f"head_l2 is at least 0, not {self.head_l2}")
+        head_l2: float = option(1e-3, "L2 penalty of the classifier", search=(1e-4, 1.0, "log"), bounds=(0, 1e6))
 
     arch = "resnet18"
     pretrained = True
@@ -76,9 +71,5 @@ class Frozen(Task):
             pooled = pooled_features(self.model, input)
         output = head(pooled)
         class_loss, penalty = self.class_loss(output, target), self.options.head_l2 / 2 * head.weight.square().sum()
-        return {
-            "loss": class_loss + penalty,
-            "output": output,
-            "class_loss": class_loss.detach(),
-            "penalty": penalty.detach(),
-        }
+        parts = {"class_loss": class_loss.detach(), "penalty": penalty.detach()}
+        return {"loss": class_loss + penalty, "output": output, **parts}

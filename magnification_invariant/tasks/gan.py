@@ -33,12 +33,7 @@ class DCGAN(Task):
 
     `model` is the generator. A batch is one turn of the discriminator and one of the generator; real and generated
     images pass the discriminator apart, so that its batch norm sees one kind at a time.
-
-    Args:
-        num_classes: Classes.
-        num_domains: Training domains.
-        size: Side of its images in pixels, which `engine.fit` must feed it.
-        width: See `dcgan.Generator`.
+    The arguments are those of `dcgan.Generator`; `engine.fit` must feed it images of `size` pixels.
     """
 
     def __init__(self, num_classes: int, num_domains: int, *, size: int = 64, width: int = 64):
@@ -84,10 +79,13 @@ class _Signed(nn.Module):
         return (signed - self.shift) / self.scale
 
 
-class _Replacing(ERM):
-    """ERM that trains on something else in place of the first `fraction` of every batch.
+@register("degraded")
+class DegradedERM(ERM):
+    """The control of `MagGAN`: ERM with a part of every batch reduced to the generator's resolution and enlarged again.
 
-    Batches are in random order with the domains in turn, so the first images are a random, balanced choice.
+    What it gains or loses against ERM is owed to the missing detail, not to the generator. At inputs of `size` pixels
+    nothing is missing and it is ERM. Batches are in random order with the domains in turn, so the first `fraction` of
+    one is a random, balanced choice.
     """
 
     fraction = 0.25
@@ -95,7 +93,7 @@ class _Replacing(ERM):
 
     def replacement(self, input: Tensor, target: Tensor, domain: Tensor) -> Tensor:
         """What stands in for `input`, of the same classes, domains and shape, normalised."""
-        raise NotImplementedError
+        return _resize(_resize(input, self.size), input.shape[-1])
 
     def forward(self, input, target, domain, progress, player=0):
         k = round(self.fraction * len(input))
@@ -106,32 +104,13 @@ class _Replacing(ERM):
         return super().forward(input, target, domain, progress, player)
 
 
-@register("degraded")
-class DegradedERM(_Replacing):
-    """The control of `MagGAN`: real patches reduced to the generator's resolution and enlarged again.
-
-    What it gains or loses against ERM is owed to the missing detail, not to the generator. At inputs of `size` pixels
-    nothing is missing and it is ERM.
-    """
-
-    arch = "magerm_resnet18"
-
-    def replacement(self, input, target, domain):
-        return _resize(_resize(input, self.size), input.shape[-1])
-
-
 @register("gan")
-class MagGAN(_Replacing):
+class MagGAN(DegradedERM):
     """ERM with part of every batch generated, by a DCGAN that has seen the same training rows and nothing else."""
 
     @dataclass(frozen=True)
     class Options(ERM.Options):
-        gan_epochs: int = option(200, "passes of the DCGAN over the training rows")
-
-        def __post_init__(self):
-            super().__post_init__()
-            if self.gan_epochs < 1:
-                raise ValueError(f"gan_epochs is at least 1, not {self.gan_epochs}")
+        gan_epochs: int = option(200, "passes of the DCGAN over the training rows", bounds=(1, 1e6))
 
     arch = "maggan_resnet18"
     width = 64
@@ -175,35 +154,30 @@ def examine(
     domain_names: list[str],
     n: int = 64,
 ) -> tuple[dict, Image.Image]:
-    """Whether a generator has collapsed, and real beside generated patches.
+    """Whether a generator has collapsed, and a picture of real beside generated patches.
 
     For every class and domain, at most `n` real patches and `n` generated ones are compared:
 
-    - *diversity*: their mean pairwise distance over that of the real ones; near 0 when the generator makes the same
-      patch again and again. Distances are Euclidean, between patches averaged to 8 x 8 pixels, so that pixel noise
-      does not pass for variety.
+    - *diversity*: mean pairwise distance over that of the real ones; near 0 where every patch is the same. Distances
+      are Euclidean, between patches averaged to 8 x 8 pixels, so that pixel noise does not pass for variety.
     - *colour shift*: distance of their mean colour from the real ones', in standard deviations of the real pixels
-      (root mean square over the channels); large when the generator has diverged.
+      (root mean square over the channels); large where the generator has diverged.
 
-    The generator has collapsed if, in any class and domain, the diversity is under `MIN_DIVERSITY` or the colour shift
-    over `MAX_COLOUR_SHIFT`. A class and domain of one image has no diversity; where none has, the check is not passed.
+    It has collapsed if, in any class and domain, the diversity is under `MIN_DIVERSITY` or the colour shift over
+    `MAX_COLOUR_SHIFT`. A class and domain of one image has no diversity; where none has, the check is not passed.
 
     Args:
         generator: In eval mode.
-        rows: The training rows, see `Task.prepare`, as the following three.
-        view: Gives images of rows.
-        class_names: By class.
-        domain_names: By training domain.
+        rows, view, class_names, domain_names: See `Task.prepare`.
         n: Most patches of a kind.
 
     Returns:
         ``collapsed``, ``diversity`` and ``colour_shift`` by class and domain, ``mpp`` (um/px) of the generated patches
-        by domain, before zoom; and the picture: a row for each key of ``colour_shift``, eight real patches, then eight
-        generated.
+        by domain, before zoom; and the picture, a row for each key of ``colour_shift``: eight real, eight generated.
     """
     device = next(generator.parameters()).device
-    stream = torch.Generator().manual_seed(0)  # the same noise for every class, and for a run taken up again
-    noise = (torch.rand(n, NOISE, generator=stream) * 2 - 1).to(device)
+    # The same noise for every class, and for a run taken up again.
+    noise = (torch.rand(n, NOISE, generator=torch.Generator().manual_seed(0)) * 2 - 1).to(device)
     diversity, colour_shift, mpp, samples = {}, {}, {}, []
     for (d, domain_name), (c, class_name) in product(enumerate(domain_names), enumerate(class_names)):
         index = rows.index[(rows.target == c) & (rows.domain == d)]

@@ -27,15 +27,12 @@ class MixStyle(Task):
 
     @dataclass(frozen=True)
     class Options(Task.Options):
-        mix_prob: float = option(0.5, "probability of mixing styles after a stage", search=(0.25, 0.5, 0.75, 1.0))
-        mix_alpha: float = option(
-            0.1, "of the Beta distribution of style shares; small: rarely half", search=(0.1, 0.2, 0.3)
+        mix_prob: float = option(
+            0.5, "probability of mixing styles after a stage", search=(0.25, 0.5, 0.75, 1.0), bounds=(0, 1)
         )
-
-        def __post_init__(self):
-            super().__post_init__()
-            if not 0 <= self.mix_prob <= 1 or self.mix_alpha <= 0:
-                raise ValueError(f"MixStyle needs mix_prob in [0, 1] and mix_alpha > 0, not {self}")
+        mix_alpha: float = option(
+            0.1, "of the Beta distribution of a style's share", search=(0.1, 0.2, 0.3), bounds=(1e-6, 1e6)
+        )
 
     arch = "magerm_resnet18"
 

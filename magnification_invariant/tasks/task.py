@@ -39,10 +39,7 @@ class Task(nn.Module):
 
     Args:
         model: A timm classifier, e.g. from `create_model`.
-        options: An instance of the class's `Options`; the defaults without.
-
-    Raises:
-        TypeError: If `options` are another method's.
+        options: Of the class's `Options`; the defaults without.
     """
 
     @dataclass(frozen=True)
@@ -50,24 +47,18 @@ class Task(nn.Module):
         """What a user may set; a subclass extends its parent's."""
 
         label_smoothing: float = option(
-            0.0, "share of the class target spread over all classes", search=(0.0, 0.05, 0.1)
+            0.0, "share of the target spread over all classes", search=(0.0, 0.05, 0.1), bounds=(0, 1)
         )
-
-        def __post_init__(self) -> None:
-            check_options(self)
-            if not 0 <= self.label_smoothing < 1:
-                raise ValueError(f"label_smoothing is a share in [0, 1), not {self.label_smoothing}")
+        __post_init__ = check_options
 
     arch = ""
     pretrained = False  # whether `create_model` loads weights
 
     def __init__(self, model: nn.Module, options: Any = None):
         super().__init__()
-        options = self.Options() if options is None else options
-        if not isinstance(options, self.Options):
-            raise TypeError(f"{type(self).__name__} takes its own Options, not {options!r}")
-        self.model, self.options = model, options
-        self.class_loss = nn.CrossEntropyLoss(label_smoothing=options.label_smoothing)
+        self.model = model
+        self.options = self.Options() if options is None else options
+        self.class_loss = nn.CrossEntropyLoss(label_smoothing=self.options.label_smoothing)
 
     @classmethod
     def create_model(
@@ -79,7 +70,7 @@ class Task(nn.Module):
             arch: Any timm classifier: a name, ``hf-hub:...`` or ``local-dir:...``.
             num_classes: Class logits.
             num_domains: Training domains; of no concern to methods without a domain head.
-            image_size: Side of the input in pixels, for networks that are made for one size, such as ViTs.
+            image_size: Side of the input in pixels; networks that are made for one size, such as ViTs, need it.
             **kwargs: Of `timm.create_model`.
         """
         model = timm.create_model(arch, num_classes=num_classes, **kwargs)
