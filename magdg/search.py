@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-from magdg.arguments import add_data_argument, load_data
-
-HELP = "find similar cases by signature"
+from magdg.sources import add_data_argument, load_data
 
 
 def add_arguments(parser) -> None:
@@ -17,7 +15,7 @@ def add_arguments(parser) -> None:
     add_data_argument(parser)
 
 
-def run(args) -> int:
+def execute(args) -> int:
     if not (args.image or args.build):
         raise ValueError("give an IMAGE to search by, or --build MODEL to make an index")
     if args.image and not Path(args.image).is_file():
