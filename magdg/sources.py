@@ -1,6 +1,8 @@
 """Where images come from: what ``--data`` means, and which column of a table is what."""
 
 import argparse
+from dataclasses import fields
+from typing import Any
 
 VIRTUAL = "virtual"
 _SOURCES = "BreaKHis: its folder, archive (.tar.gz, .zip), the archive's URL, Parquet, or a Hub dataset repository"
@@ -58,8 +60,7 @@ def load_data(args: argparse.Namespace, source: str | None = None):
                 "Where there is none, --no-groups makes every image its own group; images of one patient are then on "
                 "both sides, and the results too good."
             )
-    from magnification_invariant.data import load_breakhis, load_table
-    from magnification_invariant.virtual_slides import load_virtual_slides
+    from magnification_invariant import load_breakhis, load_table, load_virtual_slides
 
     source = source or args.data
     slides = load_virtual_slides(**virtual_parameters(source)) if is_virtual(source) else None
@@ -68,33 +69,32 @@ def load_data(args: argparse.Namespace, source: str | None = None):
     return slides or load_breakhis(source)
 
 
-def virtual_parameters(source: str) -> dict[str, bool | int | tuple[int, ...]]:
+def virtual_parameters(source: str) -> dict[str, Any]:
     """Arguments of `load_virtual_slides` in words: ``virtual:n_patients=100,size=350x230``; of "virtual" none.
 
     Raises:
         ValueError: it has no such argument, or not of that kind.
     """
-    import inspect
+    from magnification_invariant.virtual_slides import Cohort
 
-    from magnification_invariant.virtual_slides import load_virtual_slides
-
-    parameters = inspect.signature(load_virtual_slides).parameters.values()
-    defaults = {each.name: each.default for each in parameters if each.default is not None}
-    given = {}
+    defaults = {field.name: field.default for field in fields(Cohort)}
+    parameters = {}
     for word in filter(None, source.partition(":")[2].split(",")):
         name, _, value = word.partition("=")
         if name not in defaults:
             raise ValueError(f"--data {source}: virtual slides have no {name!r}, but {', '.join(defaults)}")
         try:
-            if isinstance(defaults[name], bool):
-                given[name] = {"true": True, "false": False}[value]
-            else:
-                numbers = tuple(map(int, value.split("x") if isinstance(defaults[name], tuple) else [value]))
-                given[name] = numbers if isinstance(defaults[name], tuple) else numbers[0]
+            parameters[name] = _like(defaults[name], value)
         except (KeyError, ValueError) as error:
-            like = str(defaults[name]).strip("()").replace(", ", "x").lower()
-            raise ValueError(f"--data {source}: {name} is given like {name}={like}, not {value!r}") from error
-    return given
+            example = str(defaults[name]).strip("()").replace(", ", "x").lower()
+            raise ValueError(f"--data {source}: {name} is given like {name}={example}, not {value!r}") from error
+    return parameters
+
+
+def _like(default: bool | int | tuple[int, ...], text: str) -> bool | int | tuple[int, ...]:
+    if isinstance(default, bool):
+        return {"true": True, "false": False}[text]
+    return tuple(map(int, text.split("x"))) if isinstance(default, tuple) else int(text)
 
 
 def held_out_domains(ds, names: list[str] | None) -> list[int | str]:
