@@ -55,6 +55,8 @@ def execute(args) -> int:
     if logits != read_json(model / "fixture.json")["logits"]:
         print("which is NOT what it said when it was saved")
         return 1
-    print(f"\nThe same tissue at one scale after the other, and the report:\n  magdg zoom {runs[-1].folder} --data {DATA}")
+    print(
+        f"\nThe same tissue at one scale after the other, and the report:\n  magdg zoom {runs[-1].folder} --data {DATA}"
+    )
     print(f"  magdg report {args.output_dir}")
     return 0

@@ -36,30 +36,31 @@ def execute(args) -> int:
 def predict(args) -> tuple[dict, float]:
     """Columns of predictions, and the model's temperature.
 
-    Where images are in the model's records, only they are predicted, as the parts of the records: the others are those
-    it was trained on.
+    Where images are in the model's records, only they are predicted, as the parts of the records: of the others, many
+    were trained on.
     """
     import numpy as np
 
     from magnification_invariant.data.splits import domain_column
     from magnification_invariant.predict import Classifier, items_of
-    from magnification_invariant.records import Run
+    from magnification_invariant.records import PARTS, Run
 
-    ds, classifier = load_data(args), Classifier.from_pretrained(args.source, view=args.view)
-    run, names, recorded = Run(classifier.folder), ("filename", "patient"), {}
+    ds, classifier = load_data(args), Classifier.from_pretrained(args.source)
+    keys, parts = ("filename", "patient"), np.full(len(ds), "", object)
+    run = Run(classifier.folder)
     if (run.folder / "predictions.parquet").is_file():
-        keys = zip(*(run.records[name].to_pylist() for name in names), strict=True)
-        recorded = dict(zip(keys, run.records["part"].to_pylist(), strict=True))
-    parts = np.array([recorded.get(key, "") for key in zip(*(ds[name][:] for name in names), strict=True)])
+        records = zip(*(run.records[name].to_pylist() for name in (*keys, "part")), strict=True)
+        part_of = {tuple(key): part for *key, part in records if part in PARTS}
+        parts[:] = [part_of.get(key, "") for key in zip(*(ds[name][:] for name in keys), strict=True)]
     if parts.any():
-        print(f"{np.sum(parts != '')} of {len(ds)} images are in the model's records: only these are evaluated")
-        ds, parts = ds.select(np.flatnonzero(parts != "")), parts[parts != ""]
+        print(f"{sum(parts != '')} of {len(ds)} images are in the model's records: only these are evaluated")
+        ds, parts = ds.select(np.flatnonzero(parts)), parts[parts != ""]
     else:
         parts[:] = "test"
-    args.part = args.part or ("test_source" if "test" not in parts else "test")  # where nothing was held out
-    rows = list(classifier.iterate(items_of(ds)))
+    args.part = args.part or ("test" if "test" in parts else "test_source")  # where nothing was held out
+    rows = list(classifier.iterate(items_of(ds), view=args.view))
     if failed := [row for row in rows if row["error"]]:
         raise ValueError(f"{len(failed)} images cannot be predicted; {failed[0]['filename']}: {failed[0]['error']}")
-    columns = {name: np.array(ds[name][:]) for name in ("label", *names, "subtype") if name in ds.column_names}
-    columns |= {"domain": np.array(ds[domain_column(ds)][:]), "part": parts}
+    columns = {name: np.array(ds[name][:]) for name in ("label", *keys, "subtype") if name in ds.column_names}
+    columns |= {"domain": np.array(ds[domain_column(ds)][:]), "part": parts.astype(str)}
     return columns | {"logits": np.array([row["logits"] for row in rows])}, classifier.temperature

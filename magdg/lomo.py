@@ -38,6 +38,6 @@ def train(args, ds) -> tuple[list, list]:
     n_folds = settings.get("n_folds", Cell.n_folds)
     folds = args.folds or range(len(Folds.from_json(settings["split"]).folds) if "split" in settings else n_folds)
     cells = make_grid(args.methods, held_outs, folds, args.seeds, **settings)
-    finished = run_grid(cells, ds, args.output_dir, workers=args.workers)
+    finished = run_grid(cells, ds, args.output_dir, workers=args.workers, data_source=args.data)
     print(markdown(summarise(finished)))
     return cells, finished

@@ -91,7 +91,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     recipes = "; ".join(f"{name}: {', '.join(f'{k} {v}' for k, v in each.items())}" for name, each in RECIPES.items())
     add("--recipe", choices=tuple(RECIPES), default="strong", help=f"{recipes}; default: %(default)s")
     add("--zoom", action="store_true", help=f"train with continuous zoom, in [1 / {ZOOM}, {ZOOM}]")
-    add("--image-size", type=positive, help=f"pixels; default: {IMAGE_SIZE}, and {VIRTUAL_IMAGE_SIZE} on virtual slides")
+    add(
+        "--image-size", type=positive, help=f"pixels; default: {IMAGE_SIZE}, and {VIRTUAL_IMAGE_SIZE} on virtual slides"
+    )
     add("--threads", type=positive, default=max(1, os.cpu_count() or 1), help="CPU threads; default: %(default)s")
     add_dataclass_flags(parser, FitConfig, skip={"seed", "zoom", "image_size"})
     add_dataclass_flags(parser, Cell, skip={"method", "held_out", "fold", "seed", "threads", "fit", "options"})
@@ -118,7 +120,7 @@ def grid_settings(args: argparse.Namespace, methods: list[str]) -> dict[str, Any
     values = RECIPES[args.recipe] | typed | {"image_size": size, "zoom": ZOOM if args.zoom else 1.0}
     fit = FitConfig(**given(FitConfig, {name: value for name, value in values.items() if name != "seed"}))
     apart = {"method", "held_out", "fold", "seed", "fit", "options"}
-    cell = {name: value for name, value in values.items() if name not in apart} | {"data_source": args.data}
+    cell = {name: value for name, value in values.items() if name not in apart}
     return {"options": options, "fit": fit} | given(Cell, cell)
 
 

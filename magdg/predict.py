@@ -26,8 +26,8 @@ def add_model_arguments(parser) -> None:
 
 
 def add_view_argument(parser, default: str) -> None:
-    text = "at which scale an image is shown: normalised into the range trained on, or as in the benchmark's protocol"
-    parser.add_argument("--view", choices=("normalised", "protocol"), default=default, help=f"{text}; default: {default}")
+    text = f"show images at a scale that was trained on, or at their own as the records do; default: {default}"
+    parser.add_argument("--view", choices=("normalised", "protocol"), default=default, help=text)
 
 
 def execute(args) -> int:
@@ -43,12 +43,13 @@ def execute(args) -> int:
     state = PartialState(cpu=not torch.accelerator.is_available())  # or it would start alone without one
     with state.main_process_first():  # one downloads, the others find it
         classifier = Classifier.from_pretrained(
-            args.model, view=args.view, backend=args.backend, device=state.device, batch_size=args.batch_size
+            args.model, backend=args.backend, device=state.device, batch_size=args.batch_size
         )
     summary = predict_to_file(
         classifier,
         items,
         args.out,
+        view=args.view,
         strict=args.strict_mpp,
         process=state.process_index,
         processes=state.num_processes,
