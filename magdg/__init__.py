@@ -1,6 +1,7 @@
 """``magdg``: one file a command. A command checks its arguments, composes what the package offers, computes nothing.
 
-A command's file is imported when it is called, and what it composes when it runs: help and mistakes are answered at once.
+A command's file is imported when it is called, and what it composes when it runs, so that help and mistakes are
+answered at once.
 """
 
 import argparse
@@ -65,7 +66,7 @@ def _run(name: str, argv: list[str]) -> int:
 
 
 def exit_status(execute: Callable[[], int | None]) -> int:
-    """What `execute` returns, or else, with one line that says why: 2 for bad input, 130 for Ctrl-C, 143 for SIGTERM."""
+    """What `execute` returns; else, with a line that says why, 2 for bad input, 130 for Ctrl-C, 143 for SIGTERM."""
     in_main_thread = threading.current_thread() is threading.main_thread()  # elsewhere no signal can be handled
     python_handler = signal.signal(signal.SIGTERM, _terminate) if in_main_thread else None
     python_format, warnings.formatwarning = warnings.formatwarning, lambda text, *_, **__: f"magdg: warning: {text}\n"
