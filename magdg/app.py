@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-HELP = "predict in the browser"
-
 
 def add_arguments(parser) -> None:
     add = parser.add_argument
@@ -13,7 +11,7 @@ def add_arguments(parser) -> None:
     add("--port", type=int, default=7860, help="default: %(default)s")
 
 
-def run(args) -> int:
+def execute(args) -> int:
     from magnification_invariant.predict.app import LAUNCH, build
 
     build(args.model, index=args.index).launch(server_name=args.host, server_port=args.port, **LAUNCH)

@@ -1,13 +1,11 @@
 """Is a model what it was when it was published? Its fixture's logits again, its scale and input, and this machine."""
 
-HELP = "check a model folder or Hub repository on this machine"
-
 
 def add_arguments(parser) -> None:
     parser.add_argument("model", metavar="REPO_OR_FOLDER", help="Hub repository (with @REVISION if wanted) or folder")
 
 
-def run(args) -> int:
+def execute(args) -> int:
     from magnification_invariant.hub.doctor import examine
 
     report = examine(args.model)

@@ -2,55 +2,65 @@
 
 from pathlib import Path
 
-from magdg.arguments import add_column_arguments, load_data
-
-HELP = "evaluate a model on data, or anyone's table of predictions"
+from magdg.predict import add_view_argument
+from magdg.sources import add_column_arguments, load_data
 
 
 def add_arguments(parser) -> None:
     add = parser.add_argument
     add("source", metavar="MODEL|PREDICTIONS", help="a model's folder or Hub repository, or predictions.parquet")
     add("--data", metavar="DATA", help="of a model: BreaKHis in any form, a Hub dataset repository, or 'virtual'")
-    add("--part", default="test", help="of predictions: which part is evaluated; default: %(default)s")
+    add("--part", help="which part of the predictions, or of the model's records, is evaluated; default: test")
+    add_view_argument(parser, "protocol")
     add("--sensitivity", type=float, default=0.95, help="wanted of the threshold; default: %(default)s")
     add("--output-dir", type=Path, default=Path("evaluation"), help="default: %(default)s")
     add_column_arguments(parser)
 
 
-def run(args) -> int:
+def execute(args) -> int:
     from magnification_invariant.report.evaluation import read_predictions, sections
     from magnification_invariant.report.page import markdown, write
 
     is_table = args.source.endswith(".parquet")
     if is_table == bool(args.data):
         raise ValueError("give either predictions (.parquet), or a model and --data to predict")
-    if is_table:
-        found = sections(read_predictions(Path(args.source)), args.part, sensitivity=args.sensitivity)
-    else:
-        found = sections(_predicted(args), sensitivity=args.sensitivity, temperature=_temperature(args.source))
+    columns, temperature = (read_predictions(Path(args.source)), None) if is_table else predict(args)
+    content = sections(columns, args.part or "test", sensitivity=args.sensitivity, temperature=temperature)
     title = f"Evaluation of {args.source}"
-    files = write(args.output_dir, "evaluation", title, found)
-    print(markdown(title, found, "evaluation"))
+    files = write(args.output_dir, "evaluation", title, content)
+    print(markdown(title, content, "evaluation"))
     print(f"{files[1]}, {files[0]}")
     return 0
 
 
-def _predicted(args) -> dict:
+def predict(args) -> tuple[dict, float]:
+    """Columns of predictions, and the model's temperature.
+
+    Where images are in the model's records, only they are predicted, as the parts of the records: of the others, many
+    were trained on.
+    """
     import numpy as np
 
     from magnification_invariant.data.splits import domain_column
     from magnification_invariant.predict import Classifier, items_of
+    from magnification_invariant.records import PARTS, Run
 
-    ds = load_data(args)
-    rows = list(Classifier.from_pretrained(args.source).iterate(items_of(ds)))
+    ds, classifier = load_data(args), Classifier.from_pretrained(args.source)
+    keys, parts = ("filename", "patient"), np.full(len(ds), "", object)
+    run = Run(classifier.folder)
+    if (run.folder / "predictions.parquet").is_file():
+        records = zip(*(run.records[name].to_pylist() for name in (*keys, "part")), strict=True)
+        part_of = {tuple(key): part for *key, part in records if part in PARTS}
+        parts[:] = [part_of.get(key, "") for key in zip(*(ds[name][:] for name in keys), strict=True)]
+    if parts.any():
+        print(f"{sum(parts != '')} of {len(ds)} images are in the model's records: only these are evaluated")
+        ds, parts = ds.select(np.flatnonzero(parts)), parts[parts != ""]
+    else:
+        parts[:] = "test"
+    args.part = args.part or ("test" if "test" in parts else "test_source")  # where nothing was held out
+    rows = list(classifier.iterate(items_of(ds), view=args.view))
     if failed := [row for row in rows if row["error"]]:
         raise ValueError(f"{len(failed)} images cannot be predicted; {failed[0]['filename']}: {failed[0]['error']}")
-    names = [name for name in ("filename", "label", "patient", "subtype") if name in ds.column_names]
-    columns = {name: np.array(ds[name][:]) for name in names} | {"domain": np.array(ds[domain_column(ds)][:])}
-    return columns | {"logits": np.array([row["logits"] for row in rows])}
-
-
-def _temperature(model: str) -> float:
-    from magnification_invariant.model_folder import read_model_config
-
-    return read_model_config(model)["temperature"]
+    columns = {name: np.array(ds[name][:]) for name in ("label", *keys, "subtype") if name in ds.column_names}
+    columns |= {"domain": np.array(ds[domain_column(ds)][:]), "part": parts.astype(str)}
+    return columns | {"logits": np.array([row["logits"] for row in rows])}, classifier.temperature

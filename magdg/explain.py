@@ -4,8 +4,6 @@ from pathlib import Path
 
 from magdg.predict import add_model_arguments
 
-HELP = "draw what in an image speaks for a class"
-
 
 def add_arguments(parser) -> None:
     parser.add_argument("image", type=Path, metavar="IMAGE", help="an image file")
@@ -13,7 +11,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--out", type=Path, default=Path("page.png"), help="PNG; default: %(default)s")
 
 
-def run(args) -> int:
+def execute(args) -> int:
     from PIL import Image
 
     from magnification_invariant.data import read_mpp

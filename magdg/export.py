@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-from magdg.arguments import VIRTUAL, add_column_arguments, load_data
-
-HELP = "write a model as ONNX, in 32 or 8 bits"
+from magdg.sources import VIRTUAL, add_column_arguments, load_data
 
 
 def add_arguments(parser) -> None:
@@ -16,7 +14,7 @@ def add_arguments(parser) -> None:
     add_column_arguments(parser)
 
 
-def run(args) -> int:
+def execute(args) -> int:
     from magnification_invariant.predict import items_of
     from magnification_invariant.predict.export import ALLOWED_CHANGE, export
 

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from magdg.arguments import add_column_arguments, load_data
-
-HELP = "predict files, folders or a data set with a trained model"
+from magdg.options import positive
+from magdg.sources import add_column_arguments, load_data
 
 
 def add_arguments(parser) -> None:
@@ -13,10 +12,10 @@ def add_arguments(parser) -> None:
     add("--data", metavar="DATA", help="instead of PATHs: BreaKHis in any form, a Hub dataset repository, or 'virtual'")
     add_model_arguments(parser)
     add("--out", type=Path, default=Path("predictions.parquet"), help=".parquet, .csv or .json; default: %(default)s")
+    add_view_argument(parser, "normalised")
     add("--strict-mpp", action="store_true", help="an image coarser than the model's range is an error")
-    add("--scales", nargs="+", type=float, default=[1.0], metavar="F", help="also show images F >= 1 times coarser")
     add("--backend", choices=("torch", "onnx", "openvino"), default="torch", help="default: %(default)s")
-    add("--batch-size", type=int, default=32, help="tiles at a time; default: %(default)s")
+    add("--batch-size", type=positive, default=32, help="tiles at a time; default: %(default)s")
     add_column_arguments(parser)
 
 
@@ -26,7 +25,12 @@ def add_model_arguments(parser) -> None:
     add("--mpp", type=float, help="micrometres per pixel of the images as stored; default: what files or table state")
 
 
-def run(args) -> int:
+def add_view_argument(parser, default: str) -> None:
+    text = f"show images at a scale that was trained on, or at their own as the records do; default: {default}"
+    parser.add_argument("--view", choices=("normalised", "protocol"), default=default, help=text)
+
+
+def execute(args) -> int:
     if bool(args.paths) == bool(args.data):
         raise ValueError("give either PATHs or --data")
 
@@ -45,7 +49,7 @@ def run(args) -> int:
         classifier,
         items,
         args.out,
-        scales=args.scales,
+        view=args.view,
         strict=args.strict_mpp,
         process=state.process_index,
         processes=state.num_processes,

@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-from magdg.arguments import add_source_argument
-
-HELP = "check a copy of BreaKHis; write it as Parquet or to the Hub"
+from magdg.sources import add_source_argument
 
 
 def add_arguments(parser) -> None:
@@ -16,10 +14,9 @@ def add_arguments(parser) -> None:
         metavar="REPO",
         help="commit shards and card to this Hub dataset repository; a new one is private, as the licence is unclear",
     )
-    parser.add_argument("--num-proc", type=int, help="processes that read an archive")
 
 
-def run(args) -> int:
+def execute(args) -> int:
     import tempfile
     from contextlib import nullcontext
 
@@ -29,7 +26,7 @@ def run(args) -> int:
     from magnification_invariant.data.verification import verify
 
     try:
-        everything = load_breakhis(args.data, drop_duplicate_slide=False, num_proc=args.num_proc)
+        everything = load_breakhis(args.data, drop_duplicate_slide=False)
     except ValueError as error:
         print(f"not BreaKHis, or a damaged copy: {args.data}\n\n! {error}")
         return 1

@@ -2,15 +2,13 @@
 
 from pathlib import Path
 
-HELP = "fetch a model from the Hub into a folder"
-
 
 def add_arguments(parser) -> None:
     parser.add_argument("repo", metavar="REPO", help="repository id, with @REVISION behind it if not main")
     parser.add_argument("folder", type=Path, metavar="DIR", help="a folder that does not exist yet")
 
 
-def run(args) -> int:
+def execute(args) -> int:
     from magnification_invariant.hub import fetch
 
     files = fetch(args.repo, args.folder)

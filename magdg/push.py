@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-HELP = "publish a finished run on the Hugging Face Hub"
-
 
 def add_arguments(parser) -> None:
     parser.add_argument(
@@ -22,7 +20,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="show files, sizes and card; send nothing")
 
 
-def run(args) -> int:
+def execute(args) -> int:
     from tqdm import tqdm
 
     from magnification_invariant.hub import publish, released

@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-from magdg.arguments import add_column_arguments, add_source_argument, held_out_domains, load_data
-
-HELP = "write patient folds to a file that --split reads"
+from magdg.sources import add_column_arguments, add_source_argument, held_out_domains, load_data
 
 
 def add_arguments(parser) -> None:
@@ -13,20 +11,14 @@ def add_arguments(parser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the split file, split.json")
     parser.add_argument("--n-folds", type=int, default=5, help="groups of patients; default: %(default)s")
     parser.add_argument("--split-seed", type=int, default=0, help="deals patients to groups; default: %(default)s")
-    parser.add_argument(
-        "--official", action="store_true", help="the five folds published with BreaKHis; they leak, see the warning"
-    )
     parser.add_argument("--held-out", nargs="+", metavar="DOMAIN", help="check these only; default: all")
 
 
-def run(args) -> int:
-    from magnification_invariant.data.splits import PARTS, deal_folds, domain_column, domain_name, official_folds
+def execute(args) -> int:
+    from magnification_invariant.data.splits import PARTS, deal_folds, domain_column, domain_name
 
     ds = load_data(args)
-    if args.official:
-        folds = official_folds(ds, split_seed=args.split_seed)
-    else:
-        folds = deal_folds(ds, n_folds=args.n_folds, split_seed=args.split_seed, domain_column=domain_column(ds))
+    folds = deal_folds(ds, n_folds=args.n_folds, split_seed=args.split_seed, domain_column=domain_column(ds))
     patients = ds["patient"][:]
     print(f"{'held out':>12} {'fold':>5}" + "".join(f"{part:>24}" for part in PARTS))
     for held_out in held_out_domains(ds, args.held_out):
