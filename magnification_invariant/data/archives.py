@@ -40,13 +40,13 @@ def unpacked(source: str | os.PathLike) -> Path:
                 archive = manager.download(str(source))  # one that is here is left where it is
                 try:
                     _check_members(archive, source)
-                    manager.extract(archive)
+                    Path(manager.extract(archive)).rename(unfinished / "images")
                 except _DAMAGE as error:
                     why = "checksum" if "CRC" in str(error) else f"not a whole .tar, .tar.gz or .zip archive: {error}"
                     raise ValueError(f"{source} is damaged ({why}), download it again.") from error
                 if is_url:
                     os.unlink(archive)
-    return folder
+    return folder / "images"
 
 
 def _size_and_time(path: str | os.PathLike) -> tuple[int, int]:

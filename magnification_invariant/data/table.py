@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
 import csv
 import hashlib
 import io
 import math
 import os
 import re
-import shutil
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -42,9 +39,8 @@ def load_table(
 
     Args:
         source: A folder (images with a metadata.csv, or what `datasets` can read), a .csv, .json(l), .parquet or
-            .arrow file (paths in it are relative to it), a Hub dataset repository with or without ``@revision``, a
-            `datasets.Dataset`, or an `IterableDataset`, which is written down first: a split needs all of it. Of
-            several splits, all rows are taken.
+            .arrow file (paths in it are relative to it), a Hub dataset repository with or without ``@revision``, or a
+            `datasets.Dataset`. Of several splits, all rows are taken.
         domain_column: What is held out.
         group_column: What must not be on both sides of a split: the patient. None makes every image its own group,
             and warns of it.
@@ -61,14 +57,12 @@ def load_table(
         FileNotFoundError: There is no such source, or an image that it names is not there.
         ValueError: It cannot be read, a column is missing or has gaps, there are not two classes, an mpp cannot be.
     """
+    table, folder, where = _read(source)
+    names = {"image": image_column, "label": label_column, "domain": domain_column, "group": group_column}
     try:
-        table, folder = _read(source, image_column)
-        names = {"image": image_column, "label": label_column, "domain": domain_column, "group": group_column}
         return _standard(table, folder, names)
     except ValueError as error:
-        if not isinstance(source, str | Path) or str(source) in str(error):
-            raise
-        raise ValueError(f"{source}: {error}") from error
+        raise ValueError(f"{where}: {error}") from error
 
 
 def describe(ds) -> str:
@@ -101,19 +95,17 @@ def read_all(source, *arguments, **options) -> datasets.Dataset:
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-def _read(source, image_column: str) -> tuple[datasets.Dataset | dict[str, list], Path | None]:
-    """The columns as they are written, and the folder that paths in them are relative to."""
+def _read(source) -> tuple[datasets.Dataset | dict[str, list], Path | None, str]:
+    """The columns as they are written, the folder that paths in them are relative to, and what to call the table."""
     import datasets
 
     if isinstance(source, datasets.Dataset):
-        return source, None
-    if isinstance(source, datasets.IterableDataset):
-        return _written_down(source, image_column), None
+        return source, None, "the table"
     path = Path(source).absolute()
     if path.is_dir():
-        return _read_folder(path), path
+        return _read_folder(path)
     if path.is_file():
-        return _read_file(path), path.parent
+        return _read_file(path), path.parent, str(source)
     if not HUB_REPO.fullmatch(str(source)):
         raise FileNotFoundError(f"{source} is not a folder, nor a file, nor the name of a Hub dataset repository.")
     repo, _, revision = str(source).partition("@")
@@ -121,10 +113,10 @@ def _read(source, image_column: str) -> tuple[datasets.Dataset | dict[str, list]
     if ds.info.builder_name == "csv":  # again, with nothing guessed into numbers
         text = datasets.Features(dict.fromkeys(ds.column_names, datasets.Value("string")))
         ds = read_all(source, repo, revision=revision or None, features=text, keep_default_na=False)
-    return ds, None
+    return ds, None, str(source)
 
 
-def _read_folder(folder: Path) -> datasets.Dataset | dict[str, list]:
+def _read_folder(folder: Path) -> tuple[datasets.Dataset | dict[str, list], Path, str]:
     """The tables named metadata in it, each with the images beside it; without any, its .csv files or what else is."""
     images = image_files(folder)
     unreadable = [path for path in images if str(path) != printable(path)]
@@ -134,16 +126,16 @@ def _read_folder(folder: Path) -> datasets.Dataset | dict[str, list]:
     metadata = [path for path in visible if path.name in ("metadata.csv", "metadata.jsonl")]
     plain = [path for path in visible if path.suffix == ".csv"]
     if not metadata and (images or not plain or any(path.suffix in (".parquet", ".arrow") for path in visible)):
-        return read_all(folder, str(folder))
-    tables = []
-    for path in metadata or plain:
+        return read_all(folder, str(folder)), folder, str(folder)
+    tables, paths = [], metadata or plain
+    for path in paths:
         columns = _read_file(path)
         if metadata:
             if "file_name" not in columns:
                 raise ValueError(f"{path} has no column 'file_name', which says what image a row is of.")
             columns = {"image": [str(path.parent / name) for name in _text(columns, "file_name")], **columns}
         if tables and columns.keys() != tables[0].keys():
-            raise ValueError(f"{path} has other columns than {(metadata or plain)[0]}.")
+            raise ValueError(f"{path} has other columns than {paths[0]}.")
         tables.append(columns)
     columns = {name: [value for table in tables for value in table[name]] for name in tables[0]}
     unlisted = sorted(set(map(str, images)) - set(columns["image"])) if metadata else []
@@ -151,7 +143,7 @@ def _read_folder(folder: Path) -> datasets.Dataset | dict[str, list]:
         warnings.warn(
             f"{len(unlisted):,} images are in no table and are left out; the first: {unlisted[0]}", stacklevel=4
         )
-    return columns
+    return columns, folder, str(folder if len(paths) > 1 else paths[0])
 
 
 def _read_file(path: Path) -> datasets.Dataset | dict[str, list]:
@@ -205,19 +197,6 @@ def _read_json(path: Path) -> dict[str, list]:
     if not rows:
         raise ValueError(f"{path} has no rows.")
     return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
-
-
-def _written_down(stream: datasets.IterableDataset, image_column: str) -> datasets.Dataset:
-    """A stream read to its end, into a file that lasts as long as this process; images stay encoded."""
-    import datasets
-
-    if stream.features and isinstance(stream.features.get(image_column), datasets.Image):
-        stream = stream.cast_column(image_column, datasets.Image(decode=False))
-    folder = tempfile.mkdtemp(prefix="magdg-stream-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return datasets.Dataset.from_generator(
-        lambda: iter(stream), features=stream.features, cache_dir=folder, fingerprint=os.path.basename(folder)
-    )
 
 
 # ------------------------------------------------------------------------------------------------------------ columns
