@@ -6,9 +6,11 @@ Tokens are found by its client (`hf auth login`, ``HF_TOKEN``); nothing here rea
 import fnmatch
 import hashlib
 import os
+import time
 import warnings
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 SAFE_FILES = ("*.json", "*.safetensors", "*.parquet", "*.png", "*.md")
 """What is read from repositories: data. Formats that can run code when they are opened (pickles) are not."""
@@ -44,9 +46,8 @@ def resolve(
     from huggingface_hub import hf_hub_download
 
     repo, revision = _repo_and_revision(repo_or_folder, revision)
-    with _explained(repo_or_folder, file):
-        path = Path(hf_hub_download(repo, file, revision=revision, cache_dir=cache_dir))
-    return _verified(path)
+    path = _fetched(repo_or_folder, file, lambda: hf_hub_download(repo, file, revision=revision, cache_dir=cache_dir))
+    return _verified(Path(path))
 
 
 def snapshot(repo_or_folder: str, revision: str | None = None) -> Path:
@@ -61,8 +62,9 @@ def snapshot(repo_or_folder: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     repo, revision = _repo_and_revision(repo_or_folder, revision)
-    with _explained(repo_or_folder, "its files"):
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(SAFE_FILES)))
+    patterns = list(SAFE_FILES)
+    fetch = lambda: snapshot_download(repo, revision=revision, allow_patterns=patterns)  # noqa: E731
+    folder = Path(_fetched(repo_or_folder, "its files", fetch))
     for pattern in SAFE_FILES:
         for path in folder.rglob(pattern):
             _verified(path)
@@ -79,15 +81,14 @@ def _repo_and_revision(repo: str, revision: str | None) -> tuple[str, str | None
     return repo, revision or at or None
 
 
-@contextmanager
-def _explained(repo: str, what: str):
-    """Says of a failed download what was asked for, where, and the ways on."""
+def _fetched(repo: str, what: str, fetch: Callable[[], str]) -> str:
+    """What `fetch` gives; of a failed download is said what was asked for, where, and the ways on."""
     from huggingface_hub import constants
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError
     from huggingface_hub.utils import httpx
 
     try:
-        yield
+        return _patiently(fetch)
     except (
         EntryNotFoundError,
         HFValidationError,
@@ -95,12 +96,45 @@ def _explained(repo: str, what: str):
         httpx.HTTPError,
     ) as error:  # absent, gated, offline, no space
         place = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else constants.ENDPOINT
+        if (status := _status(error)) in PASSING:
+            raise OSError(
+                f"the Hub ({place}) answered {status} when asked for {what} of {repo}, {len(PATIENCE) + 1} times: that "
+                "is the server's trouble and not this machine's; start the same command again later"
+            ) from error
         raise FileNotFoundError(
             f"{repo} is neither a folder nor a Hub repository that gives {what} ({place}): "
             f"{' '.join(str(error).split())} Ways on: publish the model there with `magdg push`; point "
             "MAGDG_HUB_NAMESPACE or HF_ENDPOINT to where it is, with a token if it is private (`hf auth login`); or "
             "load a local folder (`local-dir:FOLDER` in timm)."
         ) from error
+
+
+PATIENCE = (1.0, 3.0, 9.0)  # seconds between tries of what may pass
+PASSING = frozenset({429, 500, 502, 503, 504})  # status codes that say "not now"
+
+
+def _patiently(call: Callable[[], Any]) -> Any:
+    """What `call` gives, tried again with waiting while the Hub says that it cannot answer just now."""
+    for pause in PATIENCE:
+        try:
+            return call()
+        except Exception as error:
+            if _status(error) not in PASSING:
+                raise
+            response = getattr(error, "response", None)
+            asked = str(getattr(response, "headers", {}).get("retry-after", ""))
+            time.sleep(min(float(asked), 60.0) if asked.isdigit() else pause)
+    return call()
+
+
+def _status(error: BaseException | None) -> int | None:
+    """The status code of a server's answer that an error, or the one behind it, is about."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status is not None:
+            return status
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _verified(path: Path) -> Path:
@@ -162,27 +196,32 @@ def upload(
     if not files:
         raise ValueError(f"there is no file in {folder} to upload to {repo}")
     api = HfApi()
-    try:
-        repo = api.create_repo(repo, repo_type=repo_type, private=private, exist_ok=True).repo_id
+
+    def commit() -> str:
+        name = api.create_repo(repo, repo_type=repo_type, private=private, exist_ok=True).repo_id
         if revision and not create_pr:
-            api.create_branch(repo, branch=revision, repo_type=repo_type, exist_ok=True)
-        before = api.repo_info(repo, repo_type=repo_type, revision=revision)
-        operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
+            api.create_branch(name, branch=revision, repo_type=repo_type, exist_ok=True)
+        before = api.repo_info(name, repo_type=repo_type, revision=revision)
+        operations = [CommitOperationAdd(file, str(path)) for file, path in files.items()]
         if replace:
             there = [file.rfilename for file in before.siblings]
-            operations += [CommitOperationDelete(name) for name in fnmatch.filter(there, replace) if name not in files]
+            operations += [CommitOperationDelete(file) for file in fnmatch.filter(there, replace) if file not in files]
+        # Not upload_folder: it cuts a large folder into several commits, and a reader would see half of them.
+        done = api.create_commit(
+            name,
+            operations,
+            repo_type=repo_type,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=message or f"Upload {folder.name}",
+            parent_commit=before.sha,  # what the decision was made on: refused if that is no longer the head
+        )
+        return "" if done.oid == before.sha else done.pr_url or done.commit_url
+
+    try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "It seems that you are about to commit a data file")  # predictions
-            # Not upload_folder: it cuts a large folder into several commits, and a reader would see half of them.
-            commit = api.create_commit(
-                repo,
-                operations,
-                repo_type=repo_type,
-                revision=revision,
-                create_pr=create_pr,
-                commit_message=message or f"Upload {folder.name}",
-                parent_commit=before.sha,  # what the decision was made on: refused if that is no longer the head
-            )
+            return _patiently(commit)
     except (OSError, httpx.HTTPError, RuntimeError) as error:
         cause = error.__cause__ if isinstance(error, RuntimeError) else ""  # of a file's transfer
         why = " ".join(f"{error} {cause}".split())
@@ -190,4 +229,3 @@ def upload(
             f"{folder} could not be uploaded to the {repo_type} repository {repo}: {why} "
             "Nothing was committed by halves; the same command goes on once the cause is gone."
         ) from error
-    return "" if commit.oid == before.sha else commit.pr_url or commit.commit_url
