@@ -310,6 +310,7 @@ def _scales(table) -> list[float]:
 def _images(table, column: str, folder: Path | None) -> datasets.Dataset:
     """Column `image`; paths are taken from `folder` and looked at."""
     import datasets
+    import pyarrow
 
     try:
         if isinstance(table, Mapping) or getattr(table.features[column], "dtype", None) in ("string", "large_string"):
@@ -321,7 +322,7 @@ def _images(table, column: str, folder: Path | None) -> datasets.Dataset:
         else:
             images = table.select_columns([column]).rename_columns({column: "image"})
         return images.cast_column("image", datasets.Image())
-    except TypeError as error:
+    except (TypeError, pyarrow.ArrowException) as error:
         raise ValueError(f"The column {column!r} holds no images ({error}).") from error
 
 
