@@ -92,9 +92,6 @@ def read_all(source, *arguments, **options) -> datasets.Dataset:
         raise FileNotFoundError(f"{source} is neither here nor a Hub dataset that can be read: {error}") from error
 
 
-# ------------------------------------------------------------------------------------------------------------ reading
-
-
 def _read(source) -> tuple[datasets.Dataset | dict[str, list], Path | None, str]:
     """The columns as they are written, the folder that paths in them are relative to, and what to call the table."""
     import datasets
@@ -122,7 +119,8 @@ def _read_folder(folder: Path) -> tuple[datasets.Dataset | dict[str, list], Path
     unreadable = [path for path in images if str(path) != printable(path)]
     if unreadable:
         raise ValueError(f"the name {printable(unreadable[0])} is not UTF-8; rename it ({len(unreadable):,} such).")
-    visible = [path for path in sorted(folder.rglob("*")) if not path.name.startswith(".")]
+    hidden = re.compile(r"(.*/)?(\.|__MACOSX)")
+    visible = [path for path in sorted(folder.rglob("*")) if not hidden.match(path.relative_to(folder).as_posix())]
     metadata = [path for path in visible if path.name in ("metadata.csv", "metadata.jsonl")]
     plain = [path for path in visible if path.suffix == ".csv"]
     if not metadata and (images or not plain or any(path.suffix in (".parquet", ".arrow") for path in visible)):
@@ -199,9 +197,6 @@ def _read_json(path: Path) -> dict[str, list]:
     return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
 
 
-# ------------------------------------------------------------------------------------------------------------ columns
-
-
 def _standard(table: datasets.Dataset | dict[str, list], folder: Path | None, names: dict) -> datasets.Dataset:
     """The table that `load_table` gives; `names` are the columns of image, label, domain and group."""
     import datasets
@@ -251,7 +246,11 @@ def _standard(table: datasets.Dataset | dict[str, list], folder: Path | None, na
 
 def _text(table, column: str) -> list[str]:
     """A column as text, as written but for blanks at the ends."""
-    written = [str(value) for value in column_values(table, column)]
+    values = column_values(table, column)
+    names = None if isinstance(table, Mapping) else getattr(table.features[column], "names", None)  # of a ClassLabel
+    if names and min(values) < 0:
+        raise ValueError(f"Column {column!r} has no class (-1) in {values.count(-1):,} rows; drop them.")
+    written = [names[value] if names else str(value) for value in values]
     values = [value.strip() for value in written]
     changed = [i for i, value in enumerate(values) if value != written[i]]
     if "" in values:
@@ -267,20 +266,12 @@ def _text(table, column: str) -> list[str]:
 
 def _classes(table, column: str) -> tuple[list[int], list[str]]:
     """The class of each row, and the names of the two classes."""
-    import datasets
-
-    feature = None if isinstance(table, Mapping) else table.features[column]
-    if isinstance(feature, datasets.ClassLabel):
-        codes = column_values(table, column)
-        if min(codes) < 0:
-            raise ValueError(f"Column {column!r} has no class (-1) in {codes.count(-1):,} rows; drop them.")
-        values, names = [feature.names[code] for code in codes], [feature.names[code] for code in sorted(set(codes))]
-    else:
-        values = _text(table, column)
-        try:
-            names = sorted(set(values), key=lambda value: (float(value), value))
-        except ValueError:
-            names = sorted(set(values))
+    values = _text(table, column)
+    order = [] if isinstance(table, Mapping) else getattr(table.features[column], "names", [])
+    try:
+        names = sorted(set(values), key=lambda value: order.index(value) if order else (float(value), value))
+    except ValueError:
+        names = sorted(set(values))
     if len(names) != 2:
         shown = ", ".join(map(repr, names[:10])) + ", ..." * (len(names) > 10)
         raise ValueError(f"Column {column!r} has {len(names)} classes ({shown}); two are needed: merge or drop some.")
@@ -306,6 +297,7 @@ def _scales(table) -> list[float]:
 def _images(table, column: str, folder: Path | None) -> datasets.Dataset:
     """Column `image`; paths are taken from `folder` and looked at."""
     import datasets
+    import pyarrow
 
     try:
         if isinstance(table, Mapping) or getattr(table.features[column], "dtype", None) in ("string", "large_string"):
@@ -317,7 +309,7 @@ def _images(table, column: str, folder: Path | None) -> datasets.Dataset:
         else:
             images = table.select_columns([column]).rename_columns({column: "image"})
         return images.cast_column("image", datasets.Image())
-    except TypeError as error:
+    except (TypeError, pyarrow.ArrowException) as error:
         raise ValueError(f"The column {column!r} holds no images ({error}).") from error
 
 

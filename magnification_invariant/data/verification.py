@@ -3,13 +3,14 @@
 import hashlib
 import os
 from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import PurePath
 
 import numpy as np
 
-from magnification_invariant.data.breakhis import LABELS, MPP, SUBTYPES, is_ductal_copy, name_fields
+from magnification_invariant.data.breakhis import DUPLICATE_SLIDE, LABELS, MPP, SUBTYPES, is_ductal_copy, name_fields
 from magnification_invariant.data.images import EncodedImages, name_of, open_image, to_rgb
 from magnification_invariant.data.published import MAGNIFICATIONS, slides
 
@@ -42,8 +43,7 @@ class Verification:
         there, published = np.sum(list(self.counts.values()), 0)
         lines = [f"{self.kind}: {there:,} of BreaKHis's {published:,} images, {_of(self.patients)} patients", ""]
         lines.append(_line("images there/published", [*(f"{m}X" for m in MAGNIFICATIONS), "all", "slides"]))
-        for label, letter in zip(LABELS, "BM", strict=True):
-            subtypes = [SUBTYPES[code] for code in sorted({s.code[2:] for s in slides() if s.code[0] == letter})]
+        for label, subtypes in zip(LABELS, (list(SUBTYPES.values())[:4], list(SUBTYPES.values())[4:]), strict=True):
             lines += [self._row(f"  {subtype}", [subtype]) for subtype in subtypes]
             lines.append(self._row(label, subtypes))
         lines += [self._row("all", list(SUBTYPES.values())), ""]
@@ -65,56 +65,51 @@ def verify(ds, *, pixels: bool = True) -> Verification:
     Raises:
         ValueError: A column is missing, or an image cannot be decoded; its file is named.
     """
-    columns = {name: ds[name][:] for name in ("filename", "label", "subtype", "magnification", "patient", "slide")}
-    stems = [PurePath(name).stem for name in columns["filename"]]
-    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    published = {name: slide for slide in slides() for name in slide.names}
-
-    unknown = [name for name in stems if name not in published]
-    missing = sorted(published.keys() - set(stems))
-    twice = [name for name, n in Counter(stems).items() if n > 1]
-    contradicted = [row["filename"] for row in rows if (name_fields(row["filename"]) or {}).items() - row.items()]
-    differences, notes = [], []
-    if unknown:
-        differences.append(f"{_images(unknown)} not in the published list")
-    if contradicted:
-        differences.append(f"{_images(contradicted)} whose columns contradict the file name")
-    if twice:
-        differences.append(f"{_images(twice)} more than once")
-    ductal = {name for name in published if is_ductal_copy(published[name].slide, SUBTYPES[published[name].code[2:]])}
-    if set(missing) == ductal:
+    rows = ds.select_columns(["filename", "label", "subtype", "magnification", "patient", "slide", "mpp"]).to_list()
+    stems = [PurePath(row["filename"]).stem for row in rows]
+    published = {name: name_fields(name) for slide in slides() for name in slide.names}
+    ductal = {name for name, fields in published.items() if is_ductal_copy(fields["slide"], fields["subtype"])}
+    missing = published.keys() - set(stems)
+    wrong = {
+        "not in the published list": [name for name in stems if name not in published],
+        "whose columns contradict the file name": [
+            row["filename"] for row in rows if (name_fields(row["filename"]) or {}).items() - row.items()
+        ],
+        "more than once": [name for name, n in Counter(stems).items() if n > 1],
+    }
+    differences = [f"{_images(names)} {what}" for what, names in wrong.items() if names]
+    kind = "not BreaKHis" if differences else "known subset" if missing and missing != ductal else "full copy"
+    notes = []
+    if missing == ductal:
         notes.append(f"Left out: the ductal copy of slide 14-13412 ({len(ductal)} images), which is filed twice.")
     elif missing:
         differences.append(f"{_images(missing)} missing")
-    complete = not missing or set(missing) == ductal
-    kind = "not BreaKHis" if unknown or contradicted or twice else "full copy" if complete else "known subset"
-
-    native = sum(
-        np.isclose(mpp, MPP.get(m, np.nan)) for mpp, m in zip(ds["mpp"], columns["magnification"], strict=True)
-    )
-    if native < len(rows):
-        notes.append(f"{len(rows) - native:,} images are not of the original pixel size: resized or cropped.")
-    duplicates = None
+    resized = sum(not np.isclose(row["mpp"], MPP.get(row["magnification"], np.nan)) for row in rows)
+    if resized:
+        notes.append(f"{resized:,} images are not of the original pixel size: resized or cropped.")
+    groups = _equal_pixels(ds) if pixels else []
     if pixels:
-        groups = _equal_pixels(ds)
-        duplicates = [[columns["filename"][i] for i in group] for group in groups]
-        notes += _about_duplicates(groups, columns)
-
-    there = Counter(zip(columns["subtype"], columns["magnification"], strict=True))
-    folders = Counter(subtype for subtype, _ in set(zip(columns["subtype"], columns["slide"], strict=True)))
-    listed = Counter({(SUBTYPES[s.code[2:]], m): 0 for s in slides() for m in MAGNIFICATIONS})
-    for slide in slides():
-        listed.update({(SUBTYPES[slide.code[2:]], m): len(numbers) for m, numbers in slide.images.items()})
-    listed_folders = Counter(SUBTYPES[slide.code[2:]] for slide in slides())
-    patients = {name_fields(name)["patient"] for name in published}
+        notes += _about_duplicates([[rows[i] for i in group] for group in groups])
+    (images, folders, patients), (all_images, all_folders, all_patients) = _counts(rows), _counts(published.values())
     return Verification(
         kind=kind,
-        counts={key: (there[key], n) for key, n in listed.items()},
-        slides={subtype: (folders[subtype], n) for subtype, n in listed_folders.items()},
-        patients=(len(set(columns["patient"])), len(patients)),
+        counts={key: (images[key], n) for key, n in all_images.items()},
+        slides={subtype: (folders[subtype], n) for subtype, n in all_folders.items()},
+        patients=(patients, all_patients),
         differences=differences,
         notes=notes,
-        duplicates=duplicates,
+        duplicates=[[rows[i]["filename"] for i in group] for group in groups] if pixels else None,
+    )
+
+
+def _counts(rows: Iterable[dict]) -> tuple[Counter, Counter, int]:
+    """Images by subtype and magnification, slide folders by subtype, and patients."""
+    rows = list(rows)
+    folders = {(row["subtype"], row["slide"]) for row in rows}
+    return (
+        Counter((row["subtype"], row["magnification"]) for row in rows),
+        Counter(subtype for subtype, _ in folders),
+        len({row["patient"] for row in rows}),
     )
 
 
@@ -131,29 +126,27 @@ def _equal_pixels(ds) -> list[list[int]]:
         except Exception as error:
             raise ValueError(f"cannot decode the image {name_of(encoded)}: {error}") from error
 
+    rows = defaultdict(list)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        digests = pool.map(digest, range(len(images)))
-        rows = defaultdict(list)
-        for i, key in enumerate(digests):
+        for i, key in enumerate(pool.map(digest, range(len(images)))):
             rows[key].append(i)
     return [group for group in rows.values() if len(group) > 1]
 
 
-def _about_duplicates(groups: list[list[int]], columns: dict[str, list]) -> list[str]:
+def _about_duplicates(groups: list[list[dict]]) -> list[str]:
     if not groups:
         return ["No two images have equal pixels."]
     lines = [f"{len(groups):,} groups of images with equal pixels:"]
     for what, column in (("patients", "patient"), ("classes", "label"), ("subtypes", "subtype")):
-        across = [group for group in groups if len({columns[column][i] for i in group}) > 1]
-        known = sum(len({columns["slide"][i] for i in group} | {"14-13412"}) == 1 for group in across)
+        across = [group for group in groups if len({row[column] for row in group}) > 1]
+        known = sum({row["slide"] for row in group} == {DUPLICATE_SLIDE} for group in across)
         lines.append(f"  {len(across):,} across {what}" + f" ({known:,} of them slide 14-13412)" * bool(known))
         if what != "subtypes":  # a leak, or a wrong label
-            named = [" = ".join(columns["filename"][i] for i in group) for group in across[:_SHOWN]]
-            lines += [f"!   {names}" for names in named]
+            lines += ["!   " + " = ".join(row["filename"] for row in group) for group in across[:_SHOWN]]
     return lines
 
 
-def _images(names: list[str]) -> str:
+def _images(names: Collection[str]) -> str:
     shown = ", ".join(map(repr, sorted(names)[:_SHOWN]))
     return f"{len(names):,} images ({shown}{', ...' * (len(names) > _SHOWN)})"
 

@@ -12,13 +12,14 @@ import subprocess
 import sys
 import zlib
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 
 from .drawing import render_field, virtual_field
 from .optics import MAGNIFICATIONS, native_mpp, virtual_optics
-from .tissue import BENIGN, MALIGNANT, virtual_patient
+from .tissue import BENIGN, MALIGNANT, Patient, virtual_patient
 
 # Raise it whenever a pixel changes: cached folders of another version are then left alone and drawn anew.
 GENERATOR_VERSION = 7
@@ -57,8 +58,7 @@ class Cohort:
 
     def __post_init__(self):
         if self.n_patients < 1 or self.images_per_magnification < 1:
-            numbers = f"{self.n_patients}, {self.images_per_magnification}"
-            raise ValueError(f"n_patients and images_per_magnification must be 1 or more, got {numbers}")
+            raise ValueError(f"n_patients and images_per_magnification must be 1 or more, got {self}")
         if self.first_patient < 0 or self.seed < 0:
             raise ValueError(f"first_patient and seed must be 0 or more, got {self.first_patient}, {self.seed}")
         chosen = sorted(set(self.magnifications))
@@ -69,11 +69,11 @@ class Cohort:
         width, height = size = tuple(int(v) for v in self.size)
         if width < 32 or abs(width / height * 460 / 700 - 1) > 0.02:
             raise ValueError(
-                f"size must be (width, height) in BreaKHis' proportions 700 x 460, such as (350, 230), got {self.size}"
+                f"size must be (width, height) in the proportions 700 x 460, such as (350, 230), got {size}"
             )
-        for name in ("n_patients", "images_per_magnification", "seed", "first_patient", "nuisance"):
-            object.__setattr__(self, name, int(getattr(self, name)))
-        for name, value in (("magnifications", tuple(chosen)), ("size", size), ("nested", bool(self.nested))):
+        plain = {name: int(value) for name, value in vars(self).items() if name not in ("magnifications", "size")}
+        plain |= {"magnifications": tuple(chosen), "size": size, "nested": bool(self.nested)}
+        for name, value in plain.items():
             object.__setattr__(self, name, value)
 
     @property
@@ -90,17 +90,18 @@ class Cohort:
     def images(self) -> list[dict]:
         """Every image: its path in the original tree and all that is needed to draw it."""
         images = []
-        for number in range(self.first_patient, self.first_patient + self.n_patients):
-            p = virtual_patient(number)
+        for p in self.patients():
             kind, kinds = ("malignant", MALIGNANT) if p.label else ("benign", BENIGN)
             code = f"{'M' if p.label else 'B'}_{p.subtype}"
             folder = f"BreaKHis_v1/histology_slides/breast/{kind}/SOB/{kinds[p.subtype]}/SOB_{code}_{p.id}"
-            for magnification in self.magnifications:
-                for k in range(self.images_per_magnification):
-                    name = f"SOB_{code}-{p.id}-{magnification}-{k + 1:03d}.png"
-                    path = f"{folder}/{magnification}X/{name}"
-                    images.append({"path": path, "patient": number, "magnification": magnification, "k": k})
+            for magnification, k in product(self.magnifications, range(self.images_per_magnification)):
+                path = f"{folder}/{magnification}X/SOB_{code}-{p.id}-{magnification}-{k + 1:03d}.png"
+                images.append({"path": path, "patient": p.number, "magnification": magnification, "k": k})
         return images
+
+    def patients(self) -> list[Patient]:
+        """Who they are, by number."""
+        return [virtual_patient(self.first_patient + i) for i in range(self.n_patients)]
 
     def draw(self, image: dict) -> np.ndarray:
         """One of `images`: (height, width, 3) uint8 RGB."""
@@ -119,23 +120,20 @@ class Cohort:
         images = []
         for image in self.images():
             number, magnification, k = image["patient"], image["magnification"], image["k"]
+            p = virtual_patient(number)
             images.append(
                 {
                     "filename": image["path"].rsplit("/", 1)[1],
-                    "patient": virtual_patient(number).id,
-                    "label": virtual_patient(number).label,
+                    "patient": p.id,
+                    "label": p.label,
                     "magnification": magnification,
                     "mpp": native_mpp(magnification) * 700 / self.size[0],
                     "centre": virtual_field(number, magnification, k, seed=self.seed, nested=self.nested),
                     **asdict(virtual_optics(self.seed, number, magnification, k, self.nuisance)),
                 }
             )
-        people = map(virtual_patient, range(self.first_patient, self.first_patient + self.n_patients))
-        return {
-            "parameters": self.parameters,
-            "patients": [{"id": p.id, **asdict(p)} for p in people],
-            "images": images,
-        }
+        patients = [{"id": p.id, **asdict(p)} for p in self.patients()]
+        return {"parameters": self.parameters, "patients": patients, "images": images}
 
 
 def draw_slides(cohort: Cohort, folder: str | os.PathLike, *, workers: int | None = None) -> Path:

@@ -326,8 +326,8 @@ def test_sources_that_are_none(tmp_path):
         load_table(unlabelled, domain_column="d", group_column="g")
     with pytest.raises(ValueError, match="cannot read the image"):
         load_table(unlabelled, domain_column="d", group_column="g", label_column="d")
-    with pytest.raises(ValueError, match=r"'d' holds no images|not where the table says"):
-        load_table(unlabelled.map(lambda row: {"d": 1.5}), domain_column="g", group_column="g", image_column="d")
+    with pytest.raises(ValueError, match="'e' holds no images"):
+        load_table(unlabelled.map(lambda row: {"e": 1.5}), domain_column="g", group_column="g", image_column="e")
 
 
 @pytest.mark.filterwarnings("ignore:micrometres")

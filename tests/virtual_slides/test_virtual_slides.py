@@ -1,16 +1,22 @@
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from magnification_invariant import virtual_slides
 from magnification_invariant.data.breakhis import MPP, load_breakhis
-from magnification_invariant.virtual_slides import dataset as virtual_slides
+from magnification_invariant.data.virtual import load_virtual_slides
 from magnification_invariant.virtual_slides import (
-    load_virtual_slides,
+    SIDECAR,
+    Cohort,
     native_mpp,
     render_field,
     virtual_field,
+    virtual_optics,
     virtual_patient,
 )
 
@@ -50,10 +56,10 @@ def test_the_table_is_that_of_breakhis(tree):
 
 def test_pixels_are_what_was_drawn(tree):
     """The PNG writer is this module's own; Pillow reads from it what the renderer gave."""
-    truth = json.loads((tree / "virtual_slides.json").read_text())
-    parameters = truth["parameters"]
-    for item in virtual_slides._plan(parameters)[::5]:
-        drawn = virtual_slides._draw(parameters, item)
+    cohort = Cohort(4, images_per_magnification=1, size=SIZE)
+    assert json.loads((tree / SIDECAR).read_text())["parameters"] == cohort.parameters
+    for item in cohort.images()[::5]:
+        drawn = cohort.draw(item)
         assert np.array_equal(np.asarray(Image.open(tree / item["path"])), drawn)
         assert drawn.shape == (115, 175, 3) and drawn.std() > 10
 
@@ -68,6 +74,14 @@ def test_the_bytes_do_not_depend_on_the_workers_or_on_an_interruption(tree, tmp_
     slides(tmp_path / "two", workers=1)
     assert files(tmp_path / "two") == whole
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items())  # what was there is not drawn again
+
+
+def test_who_draws_needs_no_torch():
+    above = Path(virtual_slides.__file__).parents[1]
+    code = "import sys; sys.path.append(sys.argv[1]); from virtual_slides.dataset import _render_share\n"
+    code += "print({'torch', 'timm', 'datasets', 'magnification_invariant'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-P", "-c", code, above], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_seeds_choose_fields_and_numbers_choose_people(tree, tmp_path):
@@ -166,14 +180,12 @@ def test_and_in_nothing_else(name):
 
 def test_the_microscope_does_not_know_the_class(tmp_path):
     """Sessions are shared between magnifications; strength 0 adds nothing, 2 adds more than 1; all of it is logged."""
-    from magnification_invariant.virtual_slides import _optics
-
-    same = [{_optics(0, n, m, k, 1).session for m in (40, 100, 200, 400)} for n in range(20) for k in range(2)]
+    same = [{virtual_optics(0, n, m, k, 1).session for m in (40, 100, 200, 400)} for n in range(20) for k in range(2)]
     assert all(len(sessions) == 1 for sessions in same) and len(set.union(*same)) > 1
-    none, usual, strong = (_optics(0, 7, 200, 0, strength) for strength in (0, 1, 2))
+    none, usual, strong = (virtual_optics(0, 7, 200, 0, strength) for strength in (0, 1, 2))
     assert (none.blur, none.noise, none.vignette) == (0, 0, 0)
     assert strong.blur == pytest.approx(2 * usual.blur) and strong.noise == pytest.approx(2 * usual.noise)
-    blurs = np.array([_optics(0, n, 200, 0, 1).blur for n in range(2000)])
+    blurs = np.array([virtual_optics(0, n, 200, 0, 1).blur for n in range(2000)])
     label = np.array([p.label for p in PEOPLE])
     assert abs((blurs[label == 1][:, None] > blurs[label == 0][None]).mean() - 0.5) < 0.04
     slides(tmp_path, n_patients=1)
