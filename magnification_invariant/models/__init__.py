@@ -10,17 +10,6 @@ from magnification_invariant.models.domain_head import (
 from magnification_invariant.models.grad_reverse import dann_coeff, grad_reverse
 from magnification_invariant.models.magdg import HUB_NAMESPACE, PACKAGED, embed, head_prefixes, plain_architecture
 
-__all__ = [
-    "HUB_NAMESPACE",
-    "PACKAGED",
-    "add_domain_head",
-    "dann_coeff",
-    "embed",
-    "forward_domains",
-    "forward_heads",
-    "grad_reverse",
-    "head_prefixes",
-    "linear_classifier",
-    "plain_architecture",
-    "pooled_features",
-]
+__all__ = ["HUB_NAMESPACE", "PACKAGED", "embed", "head_prefixes", "plain_architecture"]
+__all__ += ["add_domain_head", "forward_domains", "forward_heads", "linear_classifier", "pooled_features"]
+__all__ += ["dann_coeff", "grad_reverse"]

@@ -6,8 +6,7 @@ from torch import Tensor, nn
 
 from magnification_invariant.models.grad_reverse import grad_reverse
 
-PREFIX = "domain_head."
-"""Begins the names of the head's weights: it is a training device, and no file that is released holds it."""
+PREFIX = "domain_head."  # of the names of its weights, which no released file holds
 
 
 def linear_classifier(model: nn.Module) -> nn.Linear:
@@ -71,14 +70,14 @@ def forward_heads(
 ) -> tuple[Tensor, Tensor]:
     """Both heads on pooled features, the domain head behind a gradient reversal.
 
-    To be minimised are the sum of both losses: each head learns its own, and what made the features receives the
+    To be minimised is the sum of both losses: each head learns its own, and what made the features receives the
     class loss's gradient minus `coeff` times the domain loss's.
 
     Args:
         model: With a domain head, see `add_domain_head`.
         pooled: `pooled_features` (B, width).
-        coeff: 0-d tensor; negative values help the domain head instead. At 0 the head still learns.
-        shift: (B, width) or (width,), added to what the domain head reads; its gradient is not reversed.
+        coeff: 0-d tensor; below 0 the features help the domain head, at 0 the head still learns.
+        shift: (B, width), added to what the domain head reads; its gradient is not reversed.
 
     Returns:
         Class logits (B, num_classes) and domain logits (B, num_domains).

@@ -32,14 +32,8 @@ def grad_reverse(x: Tensor, coeff: Tensor) -> Tensor:
 
     Args:
         x: Features of any shape and floating dtype.
-        coeff: 0-d tensor on the device of `x`, not differentiated. A tensor rather than a float, because
-            `torch.compile` makes a new graph for every new float and gives up after a few.
-
-    Returns:
-        A view of `x`.
-
-    Raises:
-        TypeError: If `coeff` is not a tensor.
+        coeff: 0-d tensor on the device of `x`, not differentiated. A tensor (else TypeError) rather than a float,
+            because `torch.compile` makes a new graph for every new float and gives up after a few.
 
     Source: Ganin et al., "Domain-Adversarial Training of Neural Networks", JMLR 17 (2016), section 4.2.
     """

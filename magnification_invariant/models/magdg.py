@@ -28,12 +28,8 @@ HUB_NAMESPACE = os.environ.get("MAGDG_HUB_NAMESPACE") or "magnification-invarian
 PACKAGED = Path(__file__).parents[1] / "weights"
 """Model folders that come with the package, named `arch.tag`; one is made by `benchmarks/train_virtual.py`."""
 
-_PLAIN = {
-    "magdg_resnet18": "resnet18",
-    "magerm_resnet18": "resnet18",
-    "maggan_resnet18": "resnet18",
-    "test_magdg_resnet": "test_resnet",
-}
+_RESNET18S = ("magdg_resnet18", "magerm_resnet18", "maggan_resnet18")
+_PLAIN = dict.fromkeys(_RESNET18S, "resnet18") | {"test_magdg_resnet": "test_resnet"}
 
 
 def head_prefixes(model: nn.Module) -> tuple[str, ...]:
@@ -52,13 +48,10 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
         state_dict: Weights by name, or a checkpoint that holds them under "state_dict".
         model: The model that they are for.
 
-    Returns:
-        The weights by name.
-
     Raises:
         RuntimeError: If backbone weights are missing or do not belong to this backbone.
     """
-    state_dict = dict(state_dict.get("state_dict", state_dict))
+    state_dict = state_dict.get("state_dict", state_dict)
 
     def backbone(keys):  # torch itself fills in a missing num_batches_tracked, old checkpoints have none
         return {k for k in keys if not k.startswith(head_prefixes(model)) and not k.endswith("num_batches_tracked")}
@@ -151,7 +144,7 @@ default_cfgs = generate_default_cfgs(
     _packaged_cfgs()
     | {
         f"{arch}.{tag}": _cfg(hf_hub_id=f"{HUB_NAMESPACE}/{arch}.{tag}")
-        for arch in ("magdg_resnet18", "magerm_resnet18", "maggan_resnet18")
+        for arch in _RESNET18S
         for tag in ("breakhis", *(f"breakhis_lomo{magnification}" for magnification in (40, 100, 200, 400)))
     }
     | {"test_magdg_resnet.untrained": _cfg(input_size=(3, 160, 160), pool_size=(5, 5), first_conv="conv1.0")}

@@ -63,7 +63,7 @@ def make_gan(**kwargs):
 
 def make(method, **kwargs):
     torch.manual_seed(0)
-    return method(method.create_model(ARCH, num_classes=2, num_domains=3), **kwargs)
+    return method(method.create_model(ARCH, num_classes=2, num_domains=3), method.Options(**kwargs))
 
 
 def copies(module):
@@ -221,8 +221,14 @@ def test_the_collapse_check_tells_real_images_from_one_image_and_from_noise():
     def check(images):
         images = {(c, d): images(c, d) for c in (0, 1) for d in (0, 1)}
         first = TrainRows(*(getattr(rows, name)[:80] for name in ("index", "target", "domain", "group")))
-        record, sheet = examine(Replayed(images).eval(), first, viewer(cache), *NAMES, n=20)
-        assert sheet.size[0] > 17 * 16 and list(record["mpp"].values()) == [0.5, 0.5]
+        record, picture = examine(Replayed(images).eval(), first, viewer(cache), *NAMES, n=20)
+        pixels = np.asarray(picture) / 255.0
+        for row, (d, c) in enumerate(np.ndindex(2, 2)):  # 16 px and a gap of 2; the first eight columns are real
+            real_patch, fake_patch = (pixels[18 * row + 2 :][:16, x : x + 16] for x in (2, 18 * 8 + 2))
+            first_of = cache.pixels[int(first.index[(first.target == c) & (first.domain == d)][0])] / 255
+            assert np.allclose(real_patch, first_of.permute(1, 2, 0), atol=0.01)
+            assert np.allclose(fake_patch, images[c, d][0].clamp(0, 1).permute(1, 2, 0), atol=0.01)
+        assert list(record["mpp"].values()) == [0.5, 0.5]
         assert [*record["diversity"]] == [f"{c} {d}" for d in NAMES[1] for c in NAMES[0]]
         return record
 

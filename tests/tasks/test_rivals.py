@@ -42,7 +42,7 @@ def data(tmp_path_factory):
 
 def make(method, **kwargs):
     torch.manual_seed(0)
-    task = method(method.create_model(ARCH, num_classes=2, num_domains=3), **kwargs)
+    task = method(method.create_model(ARCH, num_classes=2, num_domains=3), method.Options(**kwargs))
     task.prepare(None, None, None, ["benign", "malignant"], ["40X", "100X", "400X"])
     return task
 
@@ -50,6 +50,10 @@ def make(method, **kwargs):
 def batch(n=9):
     generator = torch.Generator().manual_seed(1)
     return torch.randn(n, 3, 32, 32, generator=generator), torch.arange(n) % 5 % 2, torch.arange(n) % 3
+
+
+def softmax_loss(logits, target):
+    return -logits.log_softmax(1)[range(len(target)), target].mean()
 
 
 def weights(model):
@@ -63,33 +67,53 @@ def equal(a, b):
 # ------------------------------------------------------------------------------------------------- adversaries
 
 
+@pytest.mark.parametrize("arch", [ARCH, "resnet18", "densenet121", "convnext_atto", "vit_tiny_patch16_224"])
 @pytest.mark.parametrize("method, sign", [(CDANN, -1), (MultiTask, 1), (DANN, -1)])
-def test_what_backbone_and_head_receive(method, sign):
-    """The backbone: class gradient -/+ c times the domain gradient. The head and the embedding: the latter, whole."""
-    task = make(method, coeff=0.7, coeff_schedule="linear")
+def test_what_backbone_and_heads_receive(method, sign, arch):
+    """The backbone: class gradient -/+ c times the domain gradient. The heads and the embedding: their own, whole."""
+    torch.manual_seed(0)
+    model = method.create_model(arch, num_classes=2, num_domains=3, image_size=32).double()
+    task = method(model, method.Options(coeff=0.5, coeff_schedule="linear")).double().train()
     x, y, d = batch()
+    x = x.double()
     out = task(x, y, d, HALF)
     out["loss"].backward()
 
-    model = task.model
     z = model.forward_head(model.forward_features(x), pre_logits=True)
-    seen = z + task.class_embedding.weight[y] if method is CDANN else z
-    log_p = model.domain_head(seen).log_softmax(1)
+    first, _, last = model.domain_head
+    logits = last(first(z + task.class_embedding.weight[y] if method is CDANN else z).relu())
     if method is CDANN:  # every class weighs the same, every image of a class too
-        domain_loss = sum(-log_p[y == c, d[y == c]].mean() for c in (0, 1)) / 2
+        assert y.bincount().tolist() == [5, 4]
+        domain_loss = sum(softmax_loss(logits[y == c], d[y == c]) for c in (0, 1)) / 2
     else:
-        domain_loss = -log_p[range(9), d].mean()
-    class_loss = F.cross_entropy(model.fc(z), y)
-    assert y.bincount().tolist() == [5, 4]
-    assert out["domain_loss"].item() == pytest.approx(domain_loss.item(), rel=1e-5)
+        domain_loss = softmax_loss(logits, d)
+    class_loss = softmax_loss(model.get_classifier()(z), y)
+    assert out["domain_loss"].item() == pytest.approx(domain_loss.item(), rel=1e-9)
+    assert out["class_loss"].item() == pytest.approx(class_loss.item(), rel=1e-9)
 
-    body = list(model.layer2.parameters())
-    by_class = torch.autograd.grad(class_loss, body, retain_graph=True)
-    by_domain = torch.autograd.grad(domain_loss, body, retain_graph=True)
+    heads = {id(p) for p in (*task.critic, *model.get_classifier().parameters())}
+    body = [p for p in model.parameters() if id(p) not in heads]
+    by_class, by_domain = (torch.autograd.grad(loss, body, retain_graph=True) for loss in (class_loss, domain_loss))
+    assert max(r.abs().max() for r in by_domain) > 1e-4
     for p, c, r in zip(body, by_class, by_domain, strict=True):
-        assert torch.allclose(p.grad, c + sign * 0.7 * 0.5 * r, atol=1e-5)
-    for p, wanted in zip(task.critic, torch.autograd.grad(domain_loss, task.critic), strict=True):
-        assert torch.allclose(p.grad, wanted, atol=1e-6) and wanted.abs().sum() > 0
+        torch.testing.assert_close(p.grad, c + sign * 0.25 * r, rtol=1e-7, atol=1e-10)
+    for parameters, loss in ((task.critic, domain_loss), (list(model.get_classifier().parameters()), class_loss)):
+        for p, wanted in zip(parameters, torch.autograd.grad(loss, parameters, retain_graph=True), strict=True):
+            torch.testing.assert_close(p.grad, wanted)
+            assert wanted.abs().sum() > 0
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "densenet121", "convnext_atto", "vit_tiny_patch16_224"])
+def test_trains_any_backbone(data, arch):
+    """One epoch moves every part of it; what predicts gives logits of its plain forward."""
+    torch.manual_seed(0)
+    task = DANN(DANN.create_model(arch, num_classes=2, num_domains=3, image_size=32))
+    before = {name: p.detach().clone() for name, p in task.model.named_parameters()}
+    model = fit(task, *data, replace(CONFIG, epochs=1, batch_size=24, ema_decay=0.0))
+    assert [name for name, p in model.named_parameters() if torch.equal(p, before[name])] == []
+    x, _, _ = batch()
+    pooled = model.forward_head(model.forward_features(x), pre_logits=True)
+    assert torch.equal(model(x), model.get_classifier()(pooled))
 
 
 def test_an_adversary_that_is_told_the_class_trains_its_embedding_and_keeps_it_to_itself(data):
@@ -119,8 +143,9 @@ def test_critic_steps(data):
     logs = []
     fit(make(DANN, critic_steps=2), *data, CONFIG, on_epoch=lambda e, m, log: logs.append(log))
     assert {"critic_loss", "domain_loss", "class_loss"} <= logs[-1].keys()
-    with pytest.raises(ValueError, match="number of steps"):
-        make(DANN, critic_steps=0.5)
+    for steps, why in ((0.5, "of type int, not 0.5"), (-1, "at least 0")):
+        with pytest.raises(ValueError, match=f"critic_steps is {why}"):
+            DANN.Options(critic_steps=steps)
 
 
 # ------------------------------------------------------------------------------------------------------- CORAL
@@ -133,11 +158,11 @@ def test_coral_is_sun_and_saenkos_distance():
     covariance = [np.cov(z[domain == k], rowvar=False) for k in range(3)]
     pairs = [np.linalg.norm(covariance[a] - covariance[b], "fro") ** 2 for a, b in combinations(range(3), 2)]
     features = torch.tensor(z).float().requires_grad_()
-    found = coral(features, torch.tensor(domain), 3)
-    assert found.item() == pytest.approx(np.mean(pairs) / (4 * 5**2), rel=1e-5)
+    distance = coral(features, torch.tensor(domain), 3)
+    assert distance.item() == pytest.approx(np.mean(pairs) / (4 * 5**2), rel=1e-5)
     # Means do not matter, and a domain of one image has no covariance.
     moved = torch.tensor(z + 10 * domain[:, None]).float()
-    assert coral(moved, torch.tensor(domain), 3).item() == pytest.approx(found.item(), rel=1e-3)
+    assert coral(moved, torch.tensor(domain), 3).item() == pytest.approx(distance.item(), rel=1e-3)
     few = np.array([0, 1, 2, 0, 1, 0, 0, 1, 0, 0])
     alone = np.linalg.norm(np.cov(z[few == 0].T) - np.cov(z[few == 1].T), "fro") ** 2 / 100 / 3
     assert coral(torch.tensor(z).float(), torch.tensor(few), 3).item() == pytest.approx(alone, rel=1e-5)
@@ -153,15 +178,15 @@ def test_coral_is_sun_and_saenkos_distance():
 
 
 def test_coral_adds_its_distance_to_the_class_loss(data):
-    task = make(CORAL, gamma=3.0)
+    task = make(CORAL, coral_weight=3.0)
     x, y, d = batch()
     out = task(x, y, d, HALF)
     assert out["loss"].item() == pytest.approx((out["class_loss"] + 3 * out["coral_loss"]).item(), rel=1e-6)
     z = task.model.forward_head(task.model.forward_features(x), pre_logits=True)
     assert out["coral_loss"].item() == pytest.approx(coral(z, d, 3).item(), rel=1e-4)
     config, logs = replace(CONFIG, epochs=6, learning_rate=3e-3), []
-    for gamma in (0.0, 100.0):
-        fit(make(CORAL, gamma=gamma), *data, config, on_epoch=lambda e, m, log: logs.append(log["coral_loss"]))
+    for weight in (0.0, 100.0):
+        fit(make(CORAL, coral_weight=weight), *data, config, on_epoch=lambda e, m, log: logs.append(log["coral_loss"]))
     assert logs[-1] < logs[5] / 2
     with pytest.raises(RuntimeError, match=r"prepare\(\)"):
         CORAL(task.model)(x, y, d, HALF)
@@ -212,8 +237,8 @@ def test_mixstyle_mixes_after_two_stages_half_of_the_time_and_in_training_only(d
     assert torch.equal(task(x, y, d, HALF)["output"], task.model(x))
     with pytest.raises(ValueError, match="timm ResNet"):
         MixStyle(timm.create_model("test_vit", num_classes=2))
-    with pytest.raises(ValueError, match="probability p"):
-        make(MixStyle, p=2)
+    with pytest.raises(ValueError, match="mix_prob is at least 0 and at most 1, not 2"):
+        MixStyle.Options(mix_prob=2)
 
 
 # ------------------------------------------------------------------------------------------------------ frozen
@@ -230,7 +255,7 @@ def test_the_frozen_backbone_stays_as_it_is_and_the_head_learns(data):
 def test_the_frozen_head_is_regularised_logistic_regression():
     from sklearn.linear_model import LogisticRegression
 
-    task = make(Frozen, l2=0.01).train()
+    task = make(Frozen, head_l2=0.01).train()
     x, y, d = batch(24)
     optimizer = torch.optim.LBFGS(task.model.fc.parameters(), max_iter=500, tolerance_grad=1e-9, history_size=50)
 
@@ -243,10 +268,10 @@ def test_the_frozen_head_is_regularised_logistic_regression():
     optimizer.step(loss)
     with torch.no_grad():
         z = task.model.forward_head(task.model.forward_features(x), pre_logits=True)
-        found = (task.model.fc(z)[:, 1] - task.model.fc(z)[:, 0]).numpy()
+        log_odds = (task.model.fc(z)[:, 1] - task.model.fc(z)[:, 0]).numpy()
     # Of two logits w / 2 and -w / 2, the penalty is half that of one logit w.
     sklearn = LogisticRegression(C=2 / (0.01 * 24), tol=1e-10, max_iter=10000).fit(z.double().numpy(), y.numpy())
-    assert np.allclose(found, sklearn.decision_function(z.double().numpy()), atol=2e-3)
+    assert np.allclose(log_odds, sklearn.decision_function(z.double().numpy()), atol=2e-3)
 
 
 def test_frozen_starts_from_timms_weights_with_a_head_of_its_own(tmp_path):
@@ -266,8 +291,10 @@ def test_frozen_starts_from_timms_weights_with_a_head_of_its_own(tmp_path):
 
 def test_switched_off_they_are_erm(data):
     erm = weights(fit(make(ERM), *data, CONFIG))
-    for off in (make(CORAL, gamma=0.0), make(MixStyle, p=0.0), make(MultiTask, coeff=0.0), make(CDANN, coeff=0.0)):
-        assert equal(erm, weights(fit(off, *data, CONFIG))), type(off).__name__
+    off = (DANN, {"coeff": 0.0}), (CDANN, {"coeff": 0.0}), (MultiTask, {"coeff": 0.0})
+    for method, options in (*off, (CORAL, {"coral_weight": 0.0}), (MixStyle, {"mix_prob": 0.0})):
+        assert equal(erm, weights(fit(make(method, **options), *data, CONFIG))), method.__name__
+    assert not equal(erm, weights(fit(make(DANN), *data, CONFIG)))
 
 
 @pytest.mark.parametrize("method", RIVALS)
