@@ -96,11 +96,10 @@ def main() -> None:
     if args.first_patient + args.patients > 10_000:
         parser.error("patients from 10,000 on are for confirmation: nothing is tried on them")
 
-    from magnification_invariant.data import Folds
+    from magnification_invariant.data import Folds, load_virtual_slides
     from magnification_invariant.lomo.cell import Cell
     from magnification_invariant.lomo.grid import run_grid
     from magnification_invariant.report.runs import read_runs
-    from magnification_invariant.virtual_slides import load_virtual_slides
 
     ds = load_virtual_slides(
         args.patients,

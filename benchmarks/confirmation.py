@@ -121,8 +121,7 @@ def slides(args: argparse.Namespace, output: Path):
     """The table of all patients, and a split file with a fold a cohort."""
     import datasets
 
-    from magnification_invariant.data import Folds
-    from magnification_invariant.virtual_slides import load_virtual_slides
+    from magnification_invariant.data import Folds, load_virtual_slides
 
     def drawn(first: int, n: int, images: int):
         return load_virtual_slides(

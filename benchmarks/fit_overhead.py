@@ -14,10 +14,10 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from magnification_invariant.data.augment import DRAWS, cache_height, random_view
 from timm.utils import ModelEmaV3
 
 from magnification_invariant import load_virtual_slides
-from magnification_invariant.data.augment import DRAWS, cache_height, random_view
 from magnification_invariant.data.pixels import PixelCache
 from magnification_invariant.engine import FitConfig, TrainRows, fit, normalise
 from magnification_invariant.tasks import get_task

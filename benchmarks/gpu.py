@@ -29,15 +29,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from magnification_invariant.data.augment import DRAWS, cache_height, input_mpp, random_view
 from PIL import Image
 from timm.utils import ModelEmaV3
 
-from magnification_invariant.data.augment import DRAWS, cache_height, input_mpp, random_view
 from magnification_invariant.data.pixels import PixelCache
 from magnification_invariant.data.splits import leave_one_magnification_out
 from magnification_invariant.engine import MEAN, STD, FitConfig, TrainRows, fit, normalise, predict
 from magnification_invariant.tasks import MagGAN, Task, get_task
-from magnification_invariant.virtual_slides.dataset import render_field, virtual_field
+from magnification_invariant.virtual_slides import render_field, virtual_field
 
 MAGNIFICATIONS = (40, 100, 200, 400)
 METHODS = ("erm", "dann", "gan")

@@ -27,7 +27,7 @@ from magnification_invariant.engine import MEAN, STD
 from magnification_invariant.model_folder import write_model_folder
 from magnification_invariant.predict import Classifier, find_images, items_of, predict_to_file
 from magnification_invariant.predict.export import export
-from magnification_invariant.virtual_slides.dataset import render_field, virtual_field
+from magnification_invariant.virtual_slides import render_field, virtual_field
 
 BATCH = 32
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from magnification_invariant.data.pixels import PixelCache
-from magnification_invariant.virtual_slides.dataset import render_field, virtual_field
+from magnification_invariant.virtual_slides import render_field, virtual_field
 
 
 def main() -> None:

@@ -244,7 +244,7 @@ def montage(real, virtual, magnification: int, path: Path, n: int = 4, width: in
 
 
 def run_comparison(args) -> None:
-    from magnification_invariant.virtual_slides.dataset import GENERATOR_VERSION
+    from magnification_invariant.virtual_slides import GENERATOR_VERSION
 
     real = real_half(args, "look")
     virtual = virtual_like(real, args)
@@ -320,9 +320,9 @@ def score_half(model, size: int, half: str, what: str, args) -> None:
     """Score a model on the 100X images of a half, log it, and show all that was logged."""
     from magnification_invariant import PixelCache, load_virtual_slides
     from magnification_invariant.data import cache_height
-    from magnification_invariant.virtual_slides import dataset as generator
     from magnification_invariant.engine import predict
     from magnification_invariant.metrics import auc, patient_weights
+    from magnification_invariant.virtual_slides import dataset as generator
 
     if args.dry:
         ds = load_virtual_slides(16, images_per_magnification=2, first_patient=9_900, magnifications=(100,))

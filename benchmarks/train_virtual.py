@@ -7,23 +7,20 @@ All four magnifications are trained on, by the frozen recipe of the method. Trai
 numbers below 10,000 (development); the test is on patients from 10,000 on (confirmation), at each magnification. The
 run is a cell as `magdg lomo` makes them, with nothing held out; what follows from it is written to
 
-- `magnification_invariant/weights/magdg_resnet18.virtual`: the model's repository, matrices rounded to float16 (the
-  results are those before rounding; by how much it changes the fixture's logits is printed);
+- `magnification_invariant/weights/magdg_resnet18.virtual`: the model's repository, matrices rounded to float16 before
+  anything is recorded;
 - `hub_cards/magdg_resnet18.virtual`: card, pictures and records, to be looked at.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import shutil
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
-SCORES = ROOT / "benchmarks" / "results" / "real_tissue_scores.json"
 CONFIRMATION = 10_000  # first patient
 SHOWN = ("README.md", "config.json", "results.json", "calibration.png", "roc.png")
 
@@ -32,8 +29,7 @@ def virtual_split(args):
     """The table, and which of its rows train, validate and test."""
     from datasets import concatenate_datasets
 
-    from magnification_invariant.data import Split
-    from magnification_invariant.virtual_slides import load_virtual_slides
+    from magnification_invariant.data import Split, load_virtual_slides
 
     size = (args.width, round(args.width * 460 / 700))
     sides = {"train": (args.first_patient, args.patients)}
@@ -50,58 +46,20 @@ def virtual_split(args):
     return concatenate_datasets(tables), Split(**rows, test=[], held_out=0)
 
 
-def add_magnifications(folder: Path, magnifications: np.ndarray) -> None:
+def add_magnifications(run) -> None:
     """Add the results at each magnification to those of the test, and the device to the record."""
     import torch
 
-    from magnification_invariant.records import last_epoch, part_of, scores, write_json
+    from magnification_invariant.records import scores
 
-    results = json.loads((folder / "results.json").read_text())
-    records = last_epoch(folder)
-    for magnification in magnifications:
-        chosen = records.filter(np.asarray(records["domain"]) == magnification)
-        p = part_of(chosen, "test_source", results["temperature"])
-        results["parts"][f"test_source_{magnification}X"] = scores(p["label"], p["probability"], p["patient"])
-    write_json(folder / "results.json", results)
-    record = json.loads((folder / "config.json").read_text())
-    record["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
-    write_json(folder / "config.json", record)
-
-
-def halve(folder: Path) -> None:
-    """Replace the weights by float16 ones (vectors stay float32); fixture and signature are then of these."""
-    import safetensors.torch
-    import timm
-    from PIL import Image
-
-    from magnification_invariant.model_folder import logits_of
-    from magnification_invariant.records import write_json
-    from magnification_invariant.signatures import SignatureProjector
-    from magnification_invariant.signatures.projector import weights_digest
-
-    weights = safetensors.torch.load_file(folder / "model.safetensors")
-    weights = {name: value.half() if value.dim() > 1 else value for name, value in weights.items()}
-    safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    fixture = json.loads((folder / "fixture.json").read_text())
-    with Image.open(folder / "fixture.png") as image:
-        logits = logits_of(folder, image)
-    print(f"float16 changes the fixture's logits by {np.abs(np.subtract(logits, fixture['logits'])).max():.2g}")
-    write_json(folder / "fixture.json", fixture | {"logits": logits})
-    if (folder / "signature.json").exists():
-        digest = weights_digest(timm.create_model(f"local-dir:{folder}", pretrained=True))
-        replace(SignatureProjector.from_pretrained(folder), weights_sha256=digest).save_pretrained(folder)
-
-
-def add_real_tissue(folder: Path, weights: Path) -> None:
-    """Add to the results what `real_tissue.py --score locked` said of these weights, if it did."""
-    from magnification_invariant.records import write_json
-
-    scores = json.loads(SCORES.read_text()) if SCORES.exists() else []
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    for score in scores:
-        if score["half"] == "locked" and score["weights_sha256"] == digest:
-            results = json.loads((folder / "results.json").read_text())
-            write_json(folder / "results.json", results | {"real_tissue": score})
+    results, test = run.results, run.part("test_source")
+    for magnification in np.unique(test["domain"]):
+        chosen = test["domain"] == magnification
+        of_rows = (test[name][chosen] for name in ("label", "probability", "patient"))
+        results["parts"][f"test_source_{magnification}X"] = scores(*of_rows)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
+    run.write_config(run.config | {"machine": run.config["machine"] | {"device": device}})
+    run.write_results(results)
 
 
 def package(run: Path, weights: Path, cards: Path) -> Path:
@@ -112,7 +70,6 @@ def package(run: Path, weights: Path, cards: Path) -> Path:
 
     model = run / "model" if (run / "model").is_dir() else run
     name = read_model_config(str(model))["name"]
-    add_real_tissue(run, model / "model.safetensors")
     unfinished = weights / f".{name}"
     shutil.rmtree(unfinished, ignore_errors=True)
     stage(run, f"{HUB_NAMESPACE}/{name}", unfinished)
@@ -154,19 +111,21 @@ def main() -> None:
             package(folder, args.weights, args.cards)
         return
 
-    from magnification_invariant.lomo.cell import Cell, is_finished
+    from magnification_invariant.engine import FitConfig
+    from magnification_invariant.lomo.cell import ZOOM, Cell, is_finished
     from magnification_invariant.lomo.run import run_cell
+    from magnification_invariant.records import Run
 
     ds, split = virtual_split(args)
-    shared = ("method", "model", "image_size", "epochs", "batch_size", "zoom", "mixed_precision", "threads")
-    chosen = json.loads(args.settings.read_text())[args.method] if args.settings else {}
-    cell = Cell(held_out=0, **{name: getattr(args, name) for name in shared}).with_settings(chosen)
+    fit = FitConfig(args.epochs, args.batch_size, image_size=args.image_size, zoom=ZOOM if args.zoom else 1.0)
+    own = {"model": args.model, "mixed_precision": args.mixed_precision, "threads": args.threads}
+    cell = Cell(args.method, held_out=0, fit=fit, **own)
+    cell = cell.with_settings(json.loads(args.settings.read_text())[args.method] if args.settings else {})
     print(f"{len(split.train)} images to train on, {len(split.val)} to validate, {len(split.test_source)} to test")
-    print(json.dumps(asdict(cell)))
+    print(json.dumps(cell.settings))
     if not is_finished(args.run, cell, ds):
-        run_cell(cell, ds, args.run, split=split)
-    halve(args.run / "model")
-    add_magnifications(args.run, np.unique(ds["magnification"]))
+        run_cell(cell, ds, args.run, split=split, half=True)
+    add_magnifications(Run(args.run))
     target = package(args.run, args.weights, args.cards)
     print((target / "README.md").read_text())
     print(f"{target}: {(target / 'model.safetensors').stat().st_size / 1e6:.1f} MB of weights")

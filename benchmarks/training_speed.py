@@ -26,9 +26,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from magnification_invariant.data.augment import cache_height
 
 from magnification_invariant import load_virtual_slides
-from magnification_invariant.data.augment import cache_height
 from magnification_invariant.data.pixels import PixelCache
 from magnification_invariant.engine import MEAN, STD, FitConfig, TrainRows, fit
 from magnification_invariant.tasks import ERM

@@ -102,8 +102,8 @@ def score_features(ds, root: Path) -> dict[str, dict[str, float]]:
 def train_and_score(ds, train: np.ndarray, test: np.ndarray, seed: int, args) -> dict[str, float]:
     """Train ERM on rows `train`; AUC at each magnification on rows `test`."""
     import torch
-
     from magnification_invariant.data.augment import cache_height
+
     from magnification_invariant.data.pixels import PixelCache
     from magnification_invariant.engine import FitConfig, TrainRows, fit, predict
     from magnification_invariant.metrics import auc

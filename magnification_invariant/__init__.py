@@ -11,7 +11,7 @@ from magnification_invariant._version import __version__
 _PUBLIC = {
     "load_breakhis": "data",
     "load_table": "data",
-    "load_virtual_slides": "virtual_slides",
+    "load_virtual_slides": "data",
     "leave_one_magnification_out": "data",
     "leave_one_domain_out": "data",
     "assert_disjoint": "data",

@@ -1,23 +1,24 @@
 """The only training loop, and prediction. It knows no method by name: see `tasks.Task` for what it asks of one."""
 
 import math
-import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.utils import ModelEmaV3
 from tqdm import tqdm
 
-from magnification_invariant.data.augment import DRAWS, centre_view, random_view
 from magnification_invariant.data.pixels import PixelCache
+from magnification_invariant.data.views import DRAWS, mean_over_tiles, random_view
+from magnification_invariant.files import whole
 from magnification_invariant.models import embed
 from magnification_invariant.tasks import Task
+from magnification_invariant.tasks.options import option
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as timm's default
 CHECKPOINT_SECONDS = 60.0  # between two checkpoints: what a killed run does again, and an epoch
 
 
@@ -25,37 +26,24 @@ CHECKPOINT_SECONDS = 60.0  # between two checkpoints: what a killed run does aga
 class FitConfig:
     """How to train; the same for every method.
 
-    Attributes:
-        epochs: passes of ``ceil(rows / batch_size)`` steps.
-        batch_size: images a step, over all processes together.
-        learning_rate: of AdamW after the warm-up.
-        weight_decay: of weights, not of biases and norms.
-        warmup: share of the steps in which the learning rate rises linearly.
-        schedule: of the learning rate, "cosine" or "constant".
-        clip_norm: largest gradient norm of each parameter group of a player; 0 turns it off.
-        ema_decay: of the average of the weights that predicts; 0 predicts with the last weights.
-        image_size: side of the network's square input in pixels.
-        zoom: the training zoom is log-uniform in [1 / zoom, zoom]; 1 turns it off.
-        stain: strength of the stain jitter; 0 turns it off.
-        seed: of the order of images and of the augmentation.
-        compile: `torch.compile` augmentation, model and loss into one graph; pays on a GPU, not on a CPU.
-        log_every: steps between two looks at the losses, since every look makes the host wait for the device.
+    `zoom` is the range of the training zoom, log-uniform in [1 / zoom, zoom]; 1 turns it off. `ema_decay` is of the
+    average of the weights that predicts; 0 predicts with the last weights.
     """
 
-    epochs: int = 10
-    batch_size: int = 32
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.05
-    warmup: float = 0.05
-    schedule: str = "cosine"
-    clip_norm: float = 1.0
-    ema_decay: float = 0.998
-    image_size: int = 224
-    zoom: float = 1.0
-    stain: float = 0.2
-    seed: int = 0
-    compile: bool = False
-    log_every: int = 20
+    epochs: int = option(10, "passes of ceil(rows / batch size) steps", search=(8, 16, 30))
+    batch_size: int = option(32, "images a step, over all processes together")
+    learning_rate: float = option(1e-3, "of AdamW after the warm-up", search=(3e-4, 1e-2, "log"))
+    weight_decay: float = option(0.05, "of weights, not of biases and norms", search=(1e-3, 0.3, "log"))
+    warmup: float = option(0.05, "share of the steps in which the learning rate rises linearly")
+    schedule: str = option("cosine", "of the learning rate", choices=("cosine", "constant"))
+    clip_norm: float = option(1.0, "largest gradient norm of each parameter group of a player; 0: none")
+    ema_decay: float = option(0.998, "of the average of the weights that predicts; 0: none")
+    image_size: int = option(224, "side of the network's square input in pixels")
+    zoom: float = option(1.0, "train at scales from 1 / zoom to zoom times the image's own; 1: none")
+    stain: float = option(0.2, "strength of the stain jitter; 0: none")
+    seed: int = option(0, "of the order of images and of the augmentation")
+    compile: bool = option(False, "torch.compile; pays on a GPU, not on a CPU")
+    log_every: int = option(20, "steps between two looks at the losses, which make the host wait")
 
 
 @dataclass(frozen=True)
@@ -121,10 +109,41 @@ def _step_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-def normalise(x: torch.Tensor) -> torch.Tensor:
-    """[0, 1] RGB (b, 3, h, w) to what the network takes."""
-    mean, std = (torch.tensor(v, dtype=x.dtype).view(3, 1, 1).to(x.device, non_blocking=True) for v in (MEAN, STD))
-    return (x - mean) / std
+class Network(torch.nn.Module):
+    """From pixels as they are stored to logits and embedding: what a model's records and its users run alike.
+
+    Args:
+        model: A timm classifier; the mean and std of its own config are part of the graph.
+        embedding: See `models.embed`; None for logits alone.
+    """
+
+    def __init__(self, model: torch.nn.Module, embedding: str | None = "penultimate"):
+        super().__init__()
+        self.model, self.embedding = model, embedding
+        for name, value in zip(("shift", "scale"), normalisation(model), strict=True):
+            self.register_buffer(name, 255 * torch.tensor(value, dtype=torch.float32).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """uint8 RGB (b, 3, size, size) to logits (b, classes) and, where wanted, embedding (b, width)."""
+        x = (images.float() - self.shift) / self.scale
+        return embed(self.model, x, self.embedding) if self.embedding else (self.model(x),)
+
+    def runner(self) -> Callable[[np.ndarray], list[np.ndarray]]:
+        """A function from uint8 tiles (b, 3, size, size) to outputs, float32, on the network's device."""
+        self.eval()
+
+        @torch.inference_mode()
+        def run(tiles: np.ndarray) -> list[np.ndarray]:
+            images = torch.from_numpy(tiles).to(self.shift.device).contiguous(memory_format=torch.channels_last)
+            return [output.float().cpu().numpy() for output in self(images)]
+
+        return run
+
+
+def normalisation(model: torch.nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std of the pixels, in [0, 1], that a model expects: its config's, ImageNet's where it has none."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    return tuple(config.get("mean") or IMAGENET_DEFAULT_MEAN), tuple(config.get("std") or IMAGENET_DEFAULT_STD)
 
 
 def _optimizer(player, config: FitConfig) -> torch.optim.Optimizer:
@@ -202,10 +221,11 @@ def fit(
     steps = steps_per_epoch * config.epochs
     progress = (torch.arange(steps, dtype=torch.float64) / steps).float().to(device)
     generator = torch.Generator(device)
+    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in normalisation(task.model))
 
     def forward(images, draws, target, domain, progress, player):
         view = random_view(images, draws, config.image_size, zoom=config.zoom, stain=config.stain)
-        return wrapped(normalise(view), target, domain, progress, player=player)
+        return wrapped((view - mean) / std, target, domain, progress, player=player)
 
     if config.compile:
         torch.compiler.reset()  # it compiles a function eight times and then no more: fits of one process would add up
@@ -285,19 +305,8 @@ def _save_checkpoint(path: Path, task, ema, optimizers, epochs_done: int) -> Non
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "epochs_done": epochs_done,
     }
-    unfinished = path.with_name(path.name + ".tmp")
-    try:
-        with open(unfinished, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as either
-        unfinished.unlink(missing_ok=True)
-        raise OSError(
-            f"cannot write the checkpoint {path} ({error}); the one before it is kept: make room and start the same "
-            "command again"
-        ) from error
-    unfinished.replace(path)
+    with whole(path) as unfinished, open(unfinished, "wb") as file:
+        torch.save(state, file)
 
 
 def _load_checkpoint(path: Path, task, ema, optimizers, device) -> int:
@@ -310,40 +319,36 @@ def _load_checkpoint(path: Path, task, ema, optimizers, device) -> int:
     return state["epochs_done"]
 
 
-@torch.inference_mode()
 def predict(
     model: torch.nn.Module,
-    cache: PixelCache,
+    views: Callable[[np.ndarray], Iterable[np.ndarray]],
     rows: np.ndarray,
-    image_size: int,
     *,
     batch_size: int = 64,
     embedding: str | None = None,
     accelerator=None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Logits, and on request embeddings, of rows of a cache: the centre of each image at the base scale.
+    """Logits, and on request embeddings, of images: means over the tiles of the view that each is shown in.
 
     Args:
-        model: in eval mode.
+        model: on the device that it shall run on; put into eval mode.
+        views: gives of row indices (n,) the uint8 tiles (k, 3, size, size) of each, such as `ViewCache.views`.
         rows: row indices (n,).
+        batch_size: tiles at a time.
         embedding: "penultimate" or "pyramid", see `models.embed`; None for logits only.
         accelerator: its processes share the rows and all get the whole result, in the order of `rows`.
 
     Returns:
         float32 logits (n, classes) and embeddings (n, width) or None.
     """
-    model.eval()
     device = next(model.parameters()).device
     world, rank = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
     each = math.ceil(len(rows) / world)
     # The last process repeats the last row, so that all gather equally many; the surplus is cut off again.
-    mine = np.minimum(np.arange(rank * each, (rank + 1) * each), len(rows) - 1)
-    index = torch.from_numpy(np.asarray(rows, np.int64)[mine])
-    outputs = []
-    for part in index.split(batch_size):
-        x = normalise(centre_view(cache.take(part, device), image_size))
-        outputs.append(embed(model, x, embedding) if embedding else (model(x),))
-    columns = [torch.cat(column).float() for column in zip(*outputs, strict=True)]
+    share = np.asarray(rows, np.int64)[np.minimum(np.arange(rank * each, (rank + 1) * each), len(rows) - 1)]
+    run = Network(model, embedding).to(device).runner()
+    outputs = zip(*mean_over_tiles(run, views(share), batch_size), strict=True)
+    columns = [torch.from_numpy(np.stack(column).astype(np.float32)).to(device) for column in outputs]
     if world > 1:
         columns = [accelerator.gather(column) for column in columns]
     logits, *rest = [column[: len(rows)].cpu().numpy() for column in columns]

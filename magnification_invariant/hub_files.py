@@ -20,7 +20,8 @@ def resolve(
     """Local path of `file` in a folder, or in a Hub model repository, downloaded into the Hub cache if needed.
 
     Args:
-        repo_or_folder: a folder, or a repository id with or without timm's ``hf-hub:`` before and ``@revision`` behind.
+        repo_or_folder: a model's folder or that of its run, or a repository id with or without timm's ``hf-hub:``
+            before and ``@revision`` behind.
         file: path inside it, one of `SAFE_FILES`.
         revision: branch, tag or commit.
         cache_dir: instead of the Hub's own cache.
@@ -34,7 +35,7 @@ def resolve(
         raise ValueError(f"{file} of {repo_or_folder} is not read: only {', '.join(SAFE_FILES)} are")
     if Path(file).is_absolute() or ".." in Path(file).parts:
         raise ValueError(f"{file} is not inside {repo_or_folder}")
-    folder = Path(repo_or_folder).expanduser()
+    folder = _model_in(Path(repo_or_folder).expanduser())
     if folder.is_dir():
         if not (folder / file).is_file():
             raise FileNotFoundError(f"the folder {folder} holds no {file}")
@@ -53,7 +54,7 @@ def snapshot(repo_or_folder: str, revision: str | None = None) -> Path:
 
     Other files may lie there too, which somebody else has downloaded. Arguments and errors as of `resolve`.
     """
-    folder = Path(repo_or_folder).expanduser()
+    folder = _model_in(Path(repo_or_folder).expanduser())
     if folder.is_dir():
         return folder
 
@@ -66,6 +67,11 @@ def snapshot(repo_or_folder: str, revision: str | None = None) -> Path:
         for path in folder.rglob(pattern):
             _verified(path)
     return folder
+
+
+def _model_in(folder: Path) -> Path:
+    """The model of a run's folder; any other folder itself."""
+    return folder / "model" if (folder / "model" / "config.json").is_file() else folder
 
 
 def _repo_and_revision(repo: str, revision: str | None) -> tuple[str, str | None]:

@@ -3,8 +3,8 @@
 import hashlib
 import json
 import re
-import shutil
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import timm
@@ -12,9 +12,13 @@ import torch
 from PIL import Image
 
 from magnification_invariant.data.published import slides
-from magnification_invariant.hub_files import resolve
+from magnification_invariant.files import read_json, whole
+from magnification_invariant.hub_files import resolve, snapshot
 from magnification_invariant.models import plain_architecture
-from magnification_invariant.virtual_slides.dataset import YEAR, render_field, virtual_field
+from magnification_invariant.virtual_slides import YEAR, render_field, virtual_field
+
+WANTED = ("name", "architecture", "num_classes", "label_names", "temperature", "pretrained_cfg")  # of config.json
+FORMAT = 2  # of the folder; 1 had another view of the images, and its numbers are not those of this package
 
 
 def source_name(ds) -> str:
@@ -26,8 +30,16 @@ def source_name(ds) -> str:
 
 
 def plain_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The weights without the domain head, which is a training device and is not released."""
-    return {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if not k.startswith("domain_head.")}
+    """The weights without the domain head, which is a training device and is not released.
+
+    Matrices whose values float16 holds exactly are given so: the file is smaller, and the model the same.
+    """
+
+    def stored(value: torch.Tensor) -> torch.Tensor:
+        value = value.detach().cpu().contiguous()
+        return value.half() if value.ndim > 1 and torch.equal(value.half().float(), value.float()) else value
+
+    return {name: stored(value) for name, value in model.state_dict().items() if not name.startswith("domain_head.")}
 
 
 def write_model_folder(
@@ -36,25 +48,25 @@ def write_model_folder(
     *,
     name: str,
     label_names: list[str],
-    data_config: dict,
-    about: dict,
+    image_size: int,
+    normalisation: tuple,
+    about: dict[str, Any],
 ) -> Path:
     """Write `folder`: config, weights, and a fixture to prove a copy by. Bare timm loads it by ``local-dir:``.
 
     The fixture is an image of virtual tissue (``fixture.png``) with the logits that the written files give for it
-    (``fixture.json``).
+    (``fixture.json``). Bare timm's transform shows the middle tile of the protocol view (see `data.views`).
 
     Args:
         name: architecture and tag, ``magdg_resnet18.breakhis_lomo200``.
-        data_config: timm's input_size, mean, std, interpolation, crop_pct.
-        about: further keys of ``config.json``: temperature, mpp_range, mpp_source, seen, trained_on, ...
+        image_size: side of the network's square input in pixels.
+        normalisation: mean and std of the pixels.
+        about: further keys of ``config.json``: temperature, base_range, mpp_range, mpp_source, seen, trained_on, ...
 
     An older folder of that name is replaced when the new one is complete.
     """
-    unfinished = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
     arguments = {k: v for k, v in model._model_args.items() if k not in ("num_classes", "num_domains")}
+    mean, std = normalisation
     config = {
         "architecture": plain_architecture(model),
         "num_classes": len(label_names),
@@ -70,18 +82,24 @@ def write_model_folder(
             "classifier": model.pretrained_cfg["classifier"],
             "license": "apache-2.0",
             "label_names": label_names,
-            **data_config,
+            "input_size": [3, image_size, image_size],
+            "mean": list(mean),
+            "std": list(std),
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
+            "crop_mode": "center",
         },
         "name": name,
+        "format": FORMAT,
         **about,
     }
-    (unfinished / "config.json").write_text(json.dumps(config, indent=2))
-    safetensors.torch.save_file(plain_state_dict(model), unfinished / "model.safetensors", {"format": "pt"})
-    size = int(data_config["input_size"][-1] / data_config["crop_pct"])
-    low, high = about.get("mpp_range", (1.0, 1.0))  # where the scale is not known, any will do for the fixture
-    _write_fixture(unfinished, size, (low * high) ** 0.5)
-    shutil.rmtree(folder, ignore_errors=True)
-    return unfinished.rename(folder)
+    with whole(folder) as unfinished:
+        unfinished.mkdir()
+        (unfinished / "config.json").write_text(json.dumps(config, indent=2))
+        safetensors.torch.save_file(plain_state_dict(model), unfinished / "model.safetensors", {"format": "pt"})
+        low, high = about.get("base_range", (1.0, 1.0))  # where the scale is not known, any will do for the fixture
+        _write_fixture(unfinished, image_size, (low * high) ** 0.5)
+    return folder
 
 
 def _write_fixture(folder: Path, height: int, mpp: float) -> None:
@@ -99,6 +117,72 @@ def logits_of(folder: Path, image: Image.Image) -> list[float]:
         return model(transform(image.convert("RGB")).unsqueeze(0))[0].tolist()
 
 
+def open_model(repo_or_folder: str, revision: str | None = None) -> tuple[Path, dict[str, Any]]:
+    """Folder and config of a model that this package wrote, from a folder, a run or the Hub.
+
+    Raises:
+        ValueError: It is no such model, or one of version 0.1.
+        OSError: There is no such folder or repository.
+    """
+    config = read_model_config(repo_or_folder, revision)
+    if missing := [key for key in WANTED if key not in config]:
+        raise ValueError(
+            f"{repo_or_folder} is not a model of magnification_invariant: its config.json lacks "
+            f"{', '.join(missing)}; load it with timm or transformers"
+        )
+    if config.get("format") != FORMAT:
+        raise ValueError(
+            f"{repo_or_folder} was written by version 0.1 of magnification_invariant, which showed images in another "
+            "way: its temperature, records and signature do not hold any more. Train it again, or load it with timm"
+        )
+    return snapshot(repo_or_folder, revision), config
+
+
+def load_model(folder: Path, config: dict[str, Any]) -> torch.nn.Module:
+    """The only loader of a model's weights: what `open_model` gave to the network, in eval mode.
+
+    Raises:
+        ValueError: The weights are damaged or of another network: names the file, and the way on.
+        OSError: There are none.
+    """
+    file = resolve(str(folder), "model.safetensors")
+    arguments = config.get("model_args", {})
+    model = timm.create_model(config["architecture"], num_classes=config["num_classes"], **arguments).eval()
+    model.pretrained_cfg = {**model.pretrained_cfg, **{k: config["pretrained_cfg"][k] for k in ("mean", "std")}}
+    try:
+        model.load_state_dict(read_weights(file))
+    except RuntimeError as error:
+        why = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{file} holds other weights than those of a {config['architecture']} with {config['num_classes']} "
+            f"classes, which config.json beside it names ({why}): fetch both again"
+        ) from error
+    return model
+
+
+def read_weights(file: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a .safetensors file.
+
+    Raises:
+        ValueError: It is cut, empty, a git-lfs pointer or no such file at all: names it, and the way on.
+    """
+    try:
+        return safetensors.torch.load_file(file)
+    except Exception as error:  # safetensors' own, which is no ValueError
+        raise ValueError(f"{file} {damage_of(file)} ({error}): fetch it again (git lfs pull, magdg pull)") from error
+
+
+def damage_of(file: Path) -> str:
+    """What a file is that cannot be read, in words."""
+    with open(file, "rb") as opened:
+        start = opened.read(64)
+    if not start:
+        return "is empty"
+    if start.startswith(b"version https://git-lfs"):
+        return "is a git-lfs pointer and not the file itself"
+    return "is a web page" if start.lstrip()[:1] == b"<" else "is damaged or cut"
+
+
 def read_model_config(repo_or_folder: str, revision: str | None = None) -> dict:
     """``config.json`` of a model folder or Hub repository. What it states is of the right kind; it may state less.
 
@@ -107,7 +191,7 @@ def read_model_config(repo_or_folder: str, revision: str | None = None) -> dict:
     """
     path = resolve(repo_or_folder, "config.json", revision)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
         wrong = [key for key, value in _flat(config) if key in _CHECKS and not _CHECKS[key](value)]
         wrong += [key for key, value in _flat(config) if key in _LEADING_ELSEWHERE and value]
     except (ValueError, TypeError, AttributeError) as error:
@@ -141,6 +225,7 @@ _CHECKS = {
     "trained_on": lambda v: isinstance(v, str) and re.fullmatch(r"\w{1,40}", v),
     "license": lambda v: isinstance(v, str) and re.fullmatch(r"[\w.-]{1,40}", v),
     "temperature": lambda v: _number(v, 1e-3, 1e3),
+    "base_range": lambda v: _numbers(v, 2, 1e-3, 1e3) and v[0] <= v[1],
     "mpp_range": lambda v: _numbers(v, 2, 1e-3, 1e3) and v[0] <= v[1],
     "mpp_source": lambda v: isinstance(v, list) and _numbers(v, len(v), 1e-3, 1e3),
     "input_size": lambda v: _numbers(v, 3, 1, 4096),
@@ -150,7 +235,7 @@ _CHECKS = {
 }
 
 
-def load_backbone(model: torch.nn.Module, source: str) -> dict:
+def load_backbone(model: torch.nn.Module, source: str) -> dict[str, Any]:
     """Start `model` from the backbone of other weights; its heads keep their own initialisation.
 
     Args:
@@ -165,8 +250,8 @@ def load_backbone(model: torch.nn.Module, source: str) -> dict:
     """
     is_file = source.endswith(".safetensors")
     path = Path(source).expanduser() if is_file else resolve(source, "model.safetensors")
-    heads = ("fc.", "domain_head.")
-    given = {k: v for k, v in safetensors.torch.load_file(path).items() if not k.startswith(heads)}
+    heads = (f"{model.get_classifier(name_only=True) or 'fc'}.", "domain_head.")
+    given = {k: v for k, v in read_weights(path).items() if not k.startswith(heads)}
     wanted = {k: v for k, v in model.state_dict().items() if not k.startswith(heads)}
     wrong = sorted(k for k in wanted if k not in given or given[k].shape != wanted[k].shape)
     if wrong or given.keys() - wanted.keys():
@@ -175,10 +260,23 @@ def load_backbone(model: torch.nn.Module, source: str) -> dict:
             f"{wrong[:5]}, not part of it {sorted(given.keys() - wanted.keys())[:5]}"
         )
     model.load_state_dict(given, strict=False)
-    seen = {} if is_file else read_model_config(source).get("seen", {})
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     return {
         "source": source,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "patients": seen.get("patients"),
-        "magnifications": seen.get("magnifications"),
+        "sha256": sha256,
+        **({"patients": None, "magnifications": None} if is_file else seen_by(source)),
     }
+
+
+def seen_by(source: str) -> dict[str, list | None]:
+    """``patients`` and ``magnifications`` that weights have seen, as their config says; None where it does not.
+
+    Args:
+        source: folder or Hub repository, with or without timm's prefix; a bare timm name says nothing.
+    """
+    is_place = ":" in source or Path(source).is_dir() or "/" in source
+    seen = {}
+    if is_place:
+        config = read_json(resolve(source.removeprefix("local-dir:"), "config.json"))
+        seen = config.get("seen", {}) if isinstance(config, dict) else {}
+    return {"patients": seen.get("patients"), "magnifications": seen.get("magnifications")}

@@ -33,6 +33,7 @@ from magnification_invariant.files import read_json, read_json_lines, whole, wri
 POSITIVE = 1  # malignant
 PARTS = ("val", "test", "test_source")  # of a split, beside "train"
 NORMALISED = "test_normalised"
+ZOOM = "zoom.parquet"  # see `predict.zoom`
 KEYS = ("filename", "patient", "label", "domain")  # of a prediction or an embedding: what its image is
 
 

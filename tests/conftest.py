@@ -105,15 +105,9 @@ def tiny_model(tmp_path_factory) -> Path:
         model,
         name="test_magdg_resnet.tiny",
         label_names=labels,
-        data_config={
-            "input_size": [3, 64, 64],
-            "mean": [0.485, 0.456, 0.406],
-            "std": [0.229, 0.224, 0.225],
-            "interpolation": "bilinear",
-            "crop_pct": 0.875,
-            "crop_mode": "center",
-        },
-        about={"temperature": 1.5, "mpp_source": [0.5], "mpp_range": [low, high]},
+        image_size=64,
+        normalisation=((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        about={"temperature": 1.5, "mpp_source": [0.5], "base_range": [low, high], "mpp_range": [low, high]},
     )
     SignatureProjector(
         indices=np.array([3, 10, 40]),

@@ -7,7 +7,7 @@ from importlib import import_module
 
 _PUBLIC = {
     "load_breakhis": "breakhis",
-    "BreaKHis": "breakhis_builder",
+    "load_virtual_slides": "virtual",
     "load_table": "table",
     "describe": "table",
     "verify": "verification",
@@ -15,19 +15,18 @@ _PUBLIC = {
     "Split": "splits",
     "Folds": "splits",
     "deal_folds": "splits",
-    "official_folds": "splits",
     "leave_one_domain_out": "splits",
     "leave_one_magnification_out": "splits",
     "assert_disjoint": "splits",
     "rescale": "scale",
     "digital_zoom": "scale",
-    "read_mpp": "scale",
+    "read_mpp": "stated_scale",
     "PixelCache": "pixels",
-    "view_height": "augment",
-    "cache_height": "augment",
-    "input_mpp": "augment",
-    "centre_view": "augment",
-    "random_view": "augment",
+    "ViewCache": "pixels",
+    "show": "views",
+    "view_mpp": "views",
+    "cache_height": "views",
+    "random_view": "views",
 }
 
 __all__ = list(_PUBLIC)

@@ -2,7 +2,9 @@
 
 import io
 import os
+import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -10,6 +12,46 @@ from PIL import ExifTags, Image, ImageOps
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp"}
 Encoded = tuple[str | None, bytes | None]  # path and bytes of an image as `datasets` stores it: the one, other or both
+
+
+def image_files(folder: str | os.PathLike) -> list[Path]:
+    """Image files below a folder, by suffix, sorted: the one rule of what counts as one.
+
+    What is hidden is left out, and so are the twins that macOS adds (``._name.png``, ``__MACOSX``). Links are
+    followed, into each folder once. What is called like an image but is no regular file (a named pipe, a link to
+    nothing) is left out with a warning: whoever opens it may wait for ever. Names need not be UTF-8.
+
+    Raises:
+        OSError: A folder cannot be read.
+    """
+
+    def counts(name: str) -> bool:
+        return not name.startswith((".", "__MACOSX"))
+
+    paths, entered = [], set()
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
+        real = os.path.realpath(parent)
+        folders[:] = [] if real in entered else sorted(filter(counts, folders))
+        if real not in entered:
+            paths += [Path(parent, name) for name in filter(counts, names) if Path(name).suffix.lower() in SUFFIXES]
+        entered.add(real)
+    irregular = sorted(path for path in paths if not path.is_file())
+    if irregular:
+        warnings.warn(
+            f"{len(irregular):,} of {len(paths):,} images below {folder} are left out, the first of them "
+            f"{irregular[0]}: not a file, or a link to none",
+            stacklevel=2,
+        )
+    return sorted(set(paths) - set(irregular))
+
+
+def printable(path: str | os.PathLike) -> str:
+    """A path as text; bytes that are no UTF-8, which no table can hold, are written as ``\\xe4``."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 class EncodedImages:

@@ -1,7 +1,7 @@
-"""What BreaKHis is: its slides, images and official folds, as published. A packaged table, 82 slides in 4 kB.
+"""What BreaKHis is: its slides and images, as published. A packaged table, 82 slides in 4 kB.
 
 `breakhis_slides.csv` has a line a slide folder: its name, the sequence numbers of its images at each magnification
-("1-29 31"), and in which of the five official folds (Spanhol et al. 2016) it is tested rather than trained on.
+("1-29 31"), and in which of the five folds published with it the slide is tested.
 """
 
 import csv
@@ -10,7 +10,6 @@ from importlib.resources import files
 from typing import NamedTuple
 
 MAGNIFICATIONS = (40, 100, 200, 400)  # total optical
-OFFICIAL_FOLDS = (1, 2, 3, 4, 5)
 
 
 class Slide(NamedTuple):
@@ -20,13 +19,11 @@ class Slide(NamedTuple):
         code: "B_A", class and subtype.
         slide: "14-22549AB".
         images: sequence numbers of its images by magnification.
-        tested: the official folds that test it.
     """
 
     code: str
     slide: str
     images: dict[int, list[int]]
-    tested: frozenset[int]
 
     @property
     def names(self) -> list[str]:
@@ -47,7 +44,6 @@ def slides() -> tuple[Slide, ...]:
             code=line["slide"][4:].partition("-")[0],
             slide=line["slide"].partition("-")[2],
             images={magnification: _numbers(line[str(magnification)]) for magnification in MAGNIFICATIONS},
-            tested=frozenset(map(int, line["official_test"].split())),
         )
         for line in csv.DictReader(text.splitlines())
     )

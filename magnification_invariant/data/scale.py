@@ -1,11 +1,10 @@
-"""Scale as physics: images resampled to another number of micrometres per pixel, and where that number is written.
+"""Scale as physics: what a scale can be, and images resampled to another number of micrometres per pixel.
 
 One kernel both ways: Lanczos with a support of 3 pixels, of the coarser of the two grids. So downsampling averages
 over what one new pixel covers (no aliasing), and upsampling interpolates; it adds no detail.
 """
 
 import io
-import re
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
@@ -17,10 +16,45 @@ from magnification_invariant.data.images import to_rgb
 if TYPE_CHECKING:
     import datasets
 
-_TIFF_X, _TIFF_Y, _TIFF_UNIT, _TIFF_DESCRIPTION = 282, 283, 296, 270
-_MICROMETRES = {2: 25_400.0, 3: 10_000.0}  # of TIFF's resolution units, inch and centimetre
-_OME_UNITS = {"nm": 1e-3, "µm": 1.0, "μm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4}
-_PLAUSIBLE = (0.01, 20.0)  # micrometres per pixel of a microscope; 72 dpi, which editors write, is 353
+PLAUSIBLE = (0.02, 20.0)  # micrometres per pixel of a microscope; 72 dpi, which editors write, is 353
+_MAGNIFICATIONS = {2.5, 4, 5, 10, 20, 25, 40, 50, 60, 63, 80, 100, 200, 400, 1000}
+
+
+def check_mpp(mpp, where: str = "") -> float:
+    """`mpp` as a number, if it can be micrometres per pixel: the one check, wherever somebody states a scale.
+
+    Args:
+        mpp: A number, or text that is one.
+        where: It stands, for the message ("row 3 of slides.csv").
+
+    Raises:
+        ValueError: It is not a positive finite number, or not one of a microscope (`PLAUSIBLE`): says what it may be.
+    """
+    place = f" ({where})" if where else ""
+    try:
+        value = float(mpp)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"micrometres per pixel must be a number like 0.25, not {mpp!r}{place}") from error
+    if not (np.isfinite(value) and value > 0):
+        raise ValueError(f"micrometres per pixel must be a positive finite number like 0.25, not {value:g}{place}")
+    low, high = PLAUSIBLE
+    if low <= value <= high:
+        return value
+    hint = ""
+    if value in _MAGNIFICATIONS and value > high:
+        hint = (
+            f"; if you mean a magnification of {value:g}: a scanner's 40x is about 0.25 um/px and its 20x about 0.5, "
+            "BreaKHis' 40X (total) is 0.49"
+        )
+    elif low <= value / 1e3 <= high:
+        hint = f"; in nanometres it would be {value / 1e3:g} um/px"
+    else:
+        for unit, factor in (("millimetres", 1e3), ("centimetres", 1e4), ("metres", 1e6)):
+            if low <= value * factor <= high:
+                hint = f"; in {unit} it would be {value * factor:g} um/px"
+                break
+    kind = "coarser" if value > high else "finer"
+    raise ValueError(f"{value:g} micrometres per pixel are {kind} than any microscope's ({low} to {high}){hint}{place}")
 
 
 def rescale(image_or_ds, mpp: float, *, native_mpp: float | None = None, image_column: str = "image"):
@@ -128,37 +162,3 @@ def _png(image: Image.Image) -> dict:
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=1)
     return {"path": None, "bytes": buffer.getvalue()}
-
-
-def read_mpp(path) -> float | None:
-    """Micrometres per pixel as an image file states it, or None if it does not, or says what no microscope has.
-
-    In this order: OME-XML (PhysicalSizeX and Y), the description of Aperio scanners (MPP), TIFF's resolution. Of
-    pixels that are not square the geometric mean.
-
-    Raises:
-        OSError: The file cannot be read as an image.
-    """
-    with Image.open(path) as image:
-        tags = getattr(image, "tag_v2", {})
-        description = str(tags.get(_TIFF_DESCRIPTION, ""))
-        unit = _MICROMETRES.get(tags.get(_TIFF_UNIT, 2))
-        resolution = [float(tags.get(tag, 0) or 0) for tag in (_TIFF_X, _TIFF_Y)]
-    ome = [_ome_size(description, axis) for axis in "XY"]
-    aperio = re.search(r"\bMPP\s*=\s*([\d.]+)", description)
-    if all(ome):
-        found = (ome[0] * ome[1]) ** 0.5
-    elif aperio:
-        found = float(aperio[1])
-    elif unit and all(resolution):
-        found = unit / (resolution[0] * resolution[1]) ** 0.5
-    else:
-        return None
-    return found if _PLAUSIBLE[0] <= found <= _PLAUSIBLE[1] else None
-
-
-def _ome_size(xml: str, axis: str) -> float | None:
-    size = re.search(rf'PhysicalSize{axis}="([\d.eE+-]+)"', xml)
-    unit = re.search(rf'PhysicalSize{axis}Unit="([^"]+)"', xml)
-    factor = _OME_UNITS.get(unit[1] if unit else "µm")
-    return float(size[1]) * factor if size and factor else None

@@ -1,4 +1,4 @@
-"""What a cell is: one method, trained once without one magnification. Its arguments, its name, its recipe's hash."""
+"""What a cell of the grid is: one method, trained once without one magnification. Its settings, identity and name."""
 
 import hashlib
 import json
@@ -6,145 +6,152 @@ import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from magnification_invariant.data.splits import domain_column
 from magnification_invariant.engine import FitConfig
+from magnification_invariant.records import Run
 from magnification_invariant.tasks import get_task
-from magnification_invariant.tasks.floors import FLOORS
+from magnification_invariant.tasks.floors import FLOORS, READ_IMAGES
+from magnification_invariant.tasks.options import option
 
 # The paper's own recipe is not published: "paper" adds nothing it does not mention.
 RECIPES = {
-    "paper": {"stain": 0.0, "ema_decay": 0.0, "temperature": False},
-    "strong": {"stain": 0.2, "ema_decay": 0.998, "temperature": True},
+    "paper": {"stain": 0.0, "ema_decay": 0.0, "calibrate": False},
+    "strong": {"stain": 0.2, "ema_decay": 0.998, "calibrate": True},
 }
 ZOOM = 2.5  # the widest step between neighbouring magnifications of BreaKHis, 40X to 100X
+NOT_READ = ("log_every",)  # of `FitConfig`, what no weight follows from
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Arguments of one cell of the grid.
+    """One cell of the grid.
 
     Attributes:
         method: of `tasks.TASKS`, ``module:Class``, or one of `FLOORS`.
         held_out: the magnification, or other domain, that is not trained on.
-        fold: which group of patients is tested, of `n_folds` dealt by `split_seed`.
+        fold: which group of patients is tested.
         seed: of initialisation, order and augmentation.
-        split: file of `data.Folds` to split by, instead of `n_folds` and `split_seed`.
-        model: timm architecture; the method's own by default.
-        recipe: of `RECIPES`.
-        zoom: train with continuous zoom.
-        image_size: side of the network's square input in pixels.
-        threads: CPU threads of torch; results are equal bit for bit only at the same number.
-        pretrained_backbone: weights to start from, see `model_folder.load_backbone`.
-        allow_seen_init: accept a start that has seen patients or the magnification of the test.
-        embedding: what signatures are made of, "penultimate" or "pyramid".
-        mixed_precision: "no", "bf16" or "fp16".
-        compile: see `engine.FitConfig`.
-        label_smoothing, coeff, coeff_schedule, gan_epochs: handed to the methods that have them, see `tasks`.
-        options: further options of the method by name, numbers or words, see `own_options`.
+        n_folds, split_seed, split: see the flags' help, below.
+        fit: how to train; its seed is `seed`.
+        options: of the method, an instance of its `Options`; by default with default values.
     """
 
     method: str
     held_out: int | str
     fold: int = 0
     seed: int = 0
-    n_folds: int = 5
-    split_seed: int = 0
-    split: str | None = None
-    model: str | None = None
-    recipe: str = "strong"
-    zoom: bool = False
-    epochs: int = 10
-    image_size: int = 224
-    batch_size: int = 32
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.05
-    threads: int = 1
-    pretrained_backbone: str | None = None
-    allow_seen_init: bool = False
-    embedding: str = "penultimate"
-    mixed_precision: str = "no"
-    compile: bool = False
-    label_smoothing: float = 0.0
-    coeff: float = 1.0
-    coeff_schedule: str = "dann"
-    gan_epochs: int = 200
-    options: dict = field(default_factory=dict, hash=False)
+    n_folds: int = option(5, "groups of patients")
+    split_seed: int = option(0, "deals patients to groups")
+    split: str | None = option(None, "split by the folds that `magdg split` wrote to this file instead")
+    model: str | None = option(None, "timm architecture; by default the method's own ResNet-18")
+    init: str | None = option(None, "start from the backbone of a .safetensors file, model folder or Hub repository")
+    allow_seen_init: bool = option(False, "accept a start that saw the test; marked in every table")
+    embedding: str = option("penultimate", "what signatures are made of", choices=("penultimate", "pyramid"))
+    mixed_precision: str = option("no", "of training", choices=("no", "bf16", "fp16"))
+    calibrate: bool = option(True, "fit a temperature on validation patients")
+    threads: int = option(1, "CPU threads; results are equal bit for bit only at the same number")
+    fit: FitConfig = field(default_factory=FitConfig)
+    options: Any = None
 
-    def with_settings(self, settings: dict) -> "Cell":
-        """This cell with settings by name: its own arguments are replaced, all others are options of the method."""
-        arguments = {each.name for each in fields(self)}
-        options = {name: value for name, value in settings.items() if name not in arguments}
-        return replace(self, **{k: v for k, v in settings.items() if k in arguments}, options=options)
+    def __post_init__(self):
+        object.__setattr__(self, "fit", replace(self.fit, seed=self.seed))
+        if self.method not in FLOORS and self.options is None:
+            object.__setattr__(self, "options", get_task(self.method).Options())
+
+    def with_settings(self, settings: dict[str, Any]) -> "Cell":
+        """This cell with settings by name, be they its own, of `fit` or of the method's options.
+
+        Raises:
+            ValueError: A name is none of these.
+        """
+        own, fit = ({each.name for each in fields(kind)} for kind in (self, self.fit))
+        options = {each.name for each in fields(self.options)} if self.options is not None else set()
+        if unknown := settings.keys() - own - fit - options:
+            raise ValueError(f"{self.method} has no setting {', '.join(sorted(unknown))}")
+        changes = {name: value for name, value in settings.items() if name in own}
+        changes["fit"] = replace(self.fit, **{name: settings[name] for name in settings.keys() & fit})
+        if self.options is not None:
+            changes["options"] = replace(self.options, **{name: settings[name] for name in settings.keys() & options})
+        return replace(self, **changes)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Exactly what the method reads, by name, but the data, the split and the seed.
+
+        A floor trains no network and knows of no zoom, and only one that looks at images knows of their size.
+        """
+        if self.method in FLOORS:
+            return {"image_size": self.fit.image_size} if self.method in READ_IMAGES else {}
+        own = ("model", "init", "allow_seen_init", "embedding", "mixed_precision", "calibrate")
+        fit = {name: value for name, value in asdict(self.fit).items() if name not in ("seed", *NOT_READ)}
+        named = {name: getattr(self, name) for name in own}
+        return {**named, "model": self.model or get_task(self.method).arch, **fit, **asdict(self.options)}
+
+    @property
+    def settings_sha256(self) -> str:
+        """The same for all cells of one row of a table, and known before any of them runs."""
+        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def name(self) -> str:
-        method = self.method.replace(":", ".")
-        zoom = "-zoom" if self.zoom and self.method not in FLOORS else ""
-        return f"{method}{zoom}-{self.left_out}-fold{self.fold}-seed{self.seed}"
+        """Of its folder: method, zoom and image size in words; other settings than the defaults as six digits."""
+        words = [self.method.replace(":", "."), *self._words, self.held_out_name, f"fold{self.fold}"]
+        words += [f"seed{self.seed}"] * (self.method not in FLOORS)
+        plain = Cell(self.method, self.held_out, fit=FitConfig(zoom=self.fit.zoom, image_size=self.fit.image_size))
+        unusual = {**self.settings, "split": self._split}, {**plain.settings, "split": plain._split}
+        if unusual[0] != unusual[1]:
+            words.append(hashlib.sha256(json.dumps(unusual[0], sort_keys=True).encode()).hexdigest()[:6])
+        return "-".join(words)
 
     @property
-    def left_out(self) -> str:
+    def _words(self) -> list[str]:
+        zoom = [f"zoom{self.fit.zoom:g}" if self.fit.zoom != ZOOM else "zoom"] * ("zoom" in self.settings)
+        size = [f"{self.fit.image_size}px"] * ("image_size" in self.settings)
+        return zoom * (self.fit.zoom != 1) + size * (self.fit.image_size != FitConfig().image_size)
+
+    @property
+    def held_out_name(self) -> str:
         """What is held out, as a part of the names of files and models: "lomo200", "lodo-scanner_b"."""
         if isinstance(self.held_out, str):
             return "lodo-" + re.sub(r"[^\w.-]+", "_", self.held_out)
         return f"lomo{self.held_out}"
 
     @property
-    def frozen(self) -> dict:
-        """All that training follows from but the data, the split, the seed and the machine."""
-        apart = {"held_out", "fold", "seed", "n_folds", "split_seed", "split", "threads"}
-        arguments = asdict(self) | asdict(self.fit_config) | {"temperature": RECIPES[self.recipe]["temperature"]}
-        return {name: value for name, value in arguments.items() if name not in apart}
+    def _split(self) -> dict[str, Any]:
+        if self.split:
+            return {"file_sha256": hashlib.sha256(Path(self.split).read_bytes()).hexdigest()[:16]}
+        return {"n_folds": self.n_folds, "split_seed": self.split_seed}
 
-    @property
-    def recipe_sha256(self) -> str:
-        """Of `frozen`: the same for all cells of one row of a table, and known before any of them runs."""
-        return hashlib.sha256(json.dumps(self.frozen, sort_keys=True).encode()).hexdigest()[:16]
-
-    @property
-    def fit_config(self) -> FitConfig:
-        recipe = RECIPES[self.recipe]
-        return FitConfig(
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            weight_decay=self.weight_decay,
-            image_size=self.image_size,
-            zoom=ZOOM if self.zoom else 1.0,
-            stain=recipe["stain"],
-            ema_decay=recipe["ema_decay"],
-            seed=self.seed,
-            compile=self.compile,
-        )
-
-
-def own_options(method: str) -> set[str]:
-    """Names of the options of a method that are no argument of `Cell`, but keys of its `options`."""
-    return set() if method in FLOORS else set(get_task(method).options) - {f.name for f in fields(Cell)}
+    def identity(self, ds) -> dict[str, Any]:
+        """What its records follow from: see `Run.config`; threads and machine are recorded, not compared."""
+        cell = {name: getattr(self, name) for name in ("method", "held_out", "fold", "seed")}
+        if self.method in FLOORS:
+            cell["seed"] = 0
+        cell |= {"split": self._split, "data": table_digest(ds)}
+        return {"cell": cell, "settings": self.settings, "settings_sha256": self.settings_sha256}
 
 
 def is_finished(folder: Path, cell: Cell, ds) -> bool:
     """Whether `folder` holds this very cell, finished.
 
     Raises:
-        ValueError: it holds a cell of other arguments or data.
+        ValueError: It holds a cell of other settings or data.
     """
-    if not (folder / "config.json").exists():
+    run = Run(folder)
+    if not run.has_config:
         return False
-    found = json.loads((folder / "config.json").read_text())
-    wanted = arguments(cell, ds)
-    differing = {k: (found["arguments"].get(k), v) for k, v in wanted.items() if found["arguments"].get(k) != v}
+    there, wanted = run.config, json.loads(json.dumps(cell.identity(ds)))
+    differing = {}
+    for group in ("cell", "settings"):
+        for key, value in wanted[group].items():
+            if (old := there.get(group, {}).get(key)) != value:
+                differing[key] = (old, value)
     if differing:
-        what = ", ".join(f"{k} was {old!r} and is now {new!r}" for k, (old, new) in differing.items())
-        raise ValueError(f"{folder} holds a run of other arguments ({what}); choose another output folder or remove it")
-    return (folder / "results.json").exists()
-
-
-def arguments(cell: Cell, ds) -> dict:
-    """What a cell's records follow from: its arguments, and digests of the table and of the split file."""
-    digest = hashlib.sha256(Path(cell.split).read_bytes()).hexdigest()[:16] if cell.split else None
-    return asdict(cell) | {"data": table_digest(ds), "split_sha256": digest}
+        what = ", ".join(f"{key} was {old!r} and is now {new!r}" for key, (old, new) in differing.items())
+        raise ValueError(f"{folder} holds a run of other data or settings ({what}); choose another output folder")
+    return run.is_finished
 
 
 @lru_cache(maxsize=1)  # a grid asks for every cell

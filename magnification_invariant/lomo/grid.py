@@ -1,51 +1,56 @@
-"""The protocol: leave one magnification out, patients disjoint. A resumable grid of cells, each a folder of records.
-
-The table is one of `data.load_breakhis`, or of `data.load_table`, of which any other domain is left out (a scanner).
-"""
+"""A resumable grid of cells, each a folder of records: leave one magnification out, or any other domain."""
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from dataclasses import fields
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
-from magnification_invariant.data.augment import cache_height
-from magnification_invariant.data.pixels import PixelCache
+from magnification_invariant.data.pixels import PixelCache, ViewCache
 from magnification_invariant.data.splits import LackingClass
+from magnification_invariant.data.views import cache_height
 from magnification_invariant.engine import Diverged
-from magnification_invariant.lomo.cell import Cell, is_finished, own_options
+from magnification_invariant.files import Busy, locked
+from magnification_invariant.lomo.cell import Cell, is_finished
 from magnification_invariant.lomo.run import run_cell
+from magnification_invariant.tasks import get_task
 from magnification_invariant.tasks.floors import FLOORS
 
 
 def make_grid(
     methods: Iterable[str],
-    held_outs: Iterable[int],
+    held_outs: Iterable[int | str],
     folds: Iterable[int],
     seeds: Iterable[int],
-    options: dict | None = None,
+    *,
+    options: dict[str, Any] | None = None,
     **arguments,
 ) -> list[Cell]:
     """The cells of method x held-out x fold x seed, with the floors of every (held-out, fold) in front.
 
     Args:
-        options: each is handed to the methods that have it.
+        options: of methods, by name; each is given to the methods that have it.
+        **arguments: further ones of `Cell`: fit, model, n_folds, ...
 
     Raises:
         ValueError: an option that none of the methods has.
     """
     methods, folds, seeds, options = list(methods), list(folds), list(seeds), options or {}
-    owned = {method: {k: v for k, v in options.items() if k in own_options(method)} for method in (*FLOORS, *methods)}
-    if unknown := set(options) - {name for own in owned.values() for name in own}:
+    kinds = {method: get_task(method).Options for method in methods if method not in FLOORS}
+    of_method = {
+        method: kind(**{f.name: options[f.name] for f in fields(kind) if f.name in options})
+        for method, kind in kinds.items()
+    }
+    if unknown := set(options) - {f.name for kind in kinds.values() for f in fields(kind)}:
         raise ValueError(f"{', '.join(methods)}: none has the option {', '.join(sorted(unknown))}")
     cells = [
-        Cell(method, held_out, fold, seed, options=owned[method], **arguments)
+        Cell(method, held_out, fold, seed, options=of_method.get(method), **arguments)
         for held_out, fold in product(held_outs, folds)
         for method, seed in [*((floor, 0) for floor in FLOORS), *product(methods, seeds)]
     ]
-    return list(dict.fromkeys(cells))
+    return list({cell.name: cell for cell in cells}.values())
 
 
 def run_grid(
@@ -55,6 +60,7 @@ def run_grid(
     *,
     accelerator=None,
     workers: int = 1,
+    data_source: str | None = None,
     say: Callable[[str], None] = print,
 ) -> list[Path]:
     """Run the cells that are not finished yet; one that diverges or lacks a class is reported and the others go on.
@@ -62,46 +68,53 @@ def run_grid(
     Args:
         accelerator: with one worker, the processes that share every cell.
         workers: processes of joblib, each running one cell at a time on a GPU of its own (worker modulo GPUs). Inside
-            ``joblib.parallel_config("dask")`` they are a dask cluster's. A cell is claimed by a lock file beside its
-            folder, so that several such runs, on machines that share the output folder, work on one grid.
+            ``joblib.parallel_config("dask")`` they are a dask cluster's. A cell's folder is locked by who runs it, so
+            that several such runs, on machines that share the output folder, work on one grid.
+        data_source: see `run_cell`.
 
     Returns:
         Folders of the finished cells.
     """
     output = Path(output)
+    arguments = (cells, ds, output, data_source, say)
     if workers == 1:
-        _work(0, cells, ds, output, accelerator, say)
+        _work(0, *arguments, accelerator=accelerator)
     else:
         from joblib import Parallel, delayed
 
-        for height in {cache_height(cell.image_size, cell.fit_config.zoom) for cell in cells}:
-            PixelCache(ds, height)  # built once, before anybody needs it
-        Parallel(n_jobs=workers)(delayed(_work)(k, cells, ds, output, None, say) for k in range(workers))
-    return [output / cell.name for cell in cells if is_finished(output / cell.name, cell, ds)]
+        for size, zoom in {(cell.fit.image_size, cell.fit.zoom) for cell in cells}:  # built once, before anybody asks
+            ViewCache(ds, size)
+            PixelCache(ds, cache_height(size, zoom))
+        Parallel(n_jobs=workers)(delayed(_work)(k, *arguments) for k in range(workers))
+    finished = [cell for cell in cells if is_finished(output / cell.name, cell, ds)]
+    for cell in cells:
+        if cell not in finished and (accelerator is None or accelerator.is_main_process):
+            try:
+                with locked(output / cell.name):
+                    pass
+            except Busy as error:
+                say(f"{cell.name} is not in the table: {error}")
+    return [output / cell.name for cell in finished]
 
 
-def _work(worker: int, cells: list[Cell], ds, output: Path, accelerator, say: Callable[[str], None]) -> None:
+def _work(worker: int, cells: list[Cell], ds, output: Path, data_source: str | None, say, *, accelerator=None) -> None:
     if accelerator is None and torch.cuda.is_available():
         torch.cuda.set_device(worker % torch.cuda.device_count())
-    shared = accelerator is not None and accelerator.num_processes > 1
     for i, cell in enumerate(cells, 1):
         folder, which = output / cell.name, f"[{i}/{len(cells)}] {cell.name}"
-        if shared and cell.method in FLOORS and not accelerator.is_main_process:
+        is_floor = cell.method in FLOORS
+        if is_floor and accelerator is not None and not accelerator.is_main_process:
             continue
         if is_finished(folder, cell, ds):
             say(f"{which}: finished before, skipped")
             continue
-        output.mkdir(parents=True, exist_ok=True)
-        claim = nullcontext() if shared else FileLock(output / f".{cell.name}.lock", timeout=0)
         try:
-            with claim:
-                if not is_finished(folder, cell, ds):
-                    # a floor is the first process's alone: it must not wait there for the others
-                    run_cell(cell, ds, folder, accelerator=None if cell.method in FLOORS else accelerator)
-                    say(f"{which}: done")
-                    if accelerator is not None:
-                        accelerator.free_memory()  # it would keep every model of the grid
-        except Timeout:
+            # a floor is the first process's alone: it must not wait there for the others
+            run_cell(cell, ds, folder, accelerator=None if is_floor else accelerator, data_source=data_source)
+            say(f"{which}: done")
+            if accelerator is not None:
+                accelerator.free_memory()  # it would keep every model of the grid
+        except Busy:
             continue  # somebody else is at it
         except (Diverged, LackingClass) as error:
             say(f"{which}: FAILED, {error}")

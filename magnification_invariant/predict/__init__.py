@@ -1,7 +1,8 @@
-"""Prediction with a trained model: of pictures in hand, and of collections into a table."""
+"""Prediction with a trained model: of pictures in hand, of collections into a table, and what to look at beside it."""
 
-from magnification_invariant.predict.classifier import BACKENDS, ONNX_FILE, Classifier, Network
-from magnification_invariant.predict.inputs import Item, check_mpp, find_images, items_of
+from magnification_invariant.data.scale import check_mpp
+from magnification_invariant.predict.classifier import BACKENDS, ONNX_FILE, Classifier
+from magnification_invariant.predict.inputs import Item, find_images, items_of
 from magnification_invariant.predict.tables import Summary, predict_to_file
 
 __all__ = [
@@ -9,7 +10,6 @@ __all__ = [
     "ONNX_FILE",
     "Classifier",
     "Item",
-    "Network",
     "Summary",
     "check_mpp",
     "find_images",

@@ -8,13 +8,15 @@ import numpy as np
 from PIL import Image
 
 from magnification_invariant.data.images import SUFFIXES, to_rgb
-from magnification_invariant.data.scale import read_mpp, rescale
+from magnification_invariant.data.scale import check_mpp
+from magnification_invariant.data.stated_scale import stated_scale
 from magnification_invariant.models.magdg import PACKAGED
-from magnification_invariant.predict import Classifier, Item, check_mpp
-from magnification_invariant.predict.explain import draw, map_of_view, middle
-from magnification_invariant.predict.search import SignatureIndex, find
+from magnification_invariant.predict.classifier import Classifier
+from magnification_invariant.predict.explain import draw, map_of_view
+from magnification_invariant.predict.inputs import Item
+from magnification_invariant.predict.search import SignatureIndex, similar_cases
 from magnification_invariant.records import POSITIVE
-from magnification_invariant.virtual_slides.dataset import render_field, virtual_field, virtual_patient
+from magnification_invariant.virtual_slides import render_field, virtual_field, virtual_patient
 
 DEFAULT_MODEL = PACKAGED / "magdg_resnet18.virtual"
 MOST_PIXELS = 25_000_000
@@ -51,7 +53,7 @@ def build(repo_or_folder: str | Path | None = None, *, index: str | Path | None 
 
     classifier = Classifier.from_pretrained(repo_or_folder or DEFAULT_MODEL)
     cases = SignatureIndex.load(index) if index else None
-    low, high = classifier.mpp_range
+    low, high = classifier.mpp_range or (0.02, 20.0)
     with gr.Blocks(title="magnification_invariant", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown(
             f"# {classifier.config['name']}\nHow likely is {classifier.labels[POSITIVE]}, at which scale, and why?"
@@ -114,19 +116,22 @@ def _answer(classifier: Classifier, cases: SignatureIndex | None, path: str | No
         shown[classifier.labels[1 - POSITIVE]] = 1 - probability
     lines = [f"Seen at {row['mpp']:.3g} um/px in {row['tiles']} tiles. {classifier.reliability(probability)}"]
     lines += [f"**Careful:** {row['warning']}."] if row["warning"] else []
-    return shown, "\n\n".join(lines), *figures, _nearest(cases, path)
+    return shown, "\n\n".join(lines), *figures, _nearest(cases, classifier, path, scale)
 
 
 def _scale(path: str, mpp: str, known: str | None) -> float:
     """Micrometres per pixel as stated on the page, else in the file."""
     if mpp.strip():
         return check_mpp(mpp)
-    stated = SCALES.get(known) or read_mpp(path)
-    if stated is None:
+    if known:
+        return SCALES[known]
+    stated = stated_scale(path)
+    if stated.mpp is None:
         raise ValueError(
-            "The scale is not known: the file does not state it. Give micrometres per pixel, or choose a magnification."
+            f"The scale is not known: {stated.note or 'the file does not state it'}. Give micrometres per pixel, or "
+            "choose a magnification."
         )
-    return check_mpp(stated)
+    return stated.mpp
 
 
 def _figure(width: float, height: float, columns: int):
@@ -137,14 +142,11 @@ def _figure(width: float, height: float, columns: int):
 
 
 def _map_figure(classifier: Classifier, image: Image.Image, row: dict):
-    field = middle(classifier, image, row["native_mpp"])
-    if row["mpp"] > row["native_mpp"] * 1.001:
-        field = rescale(field, row["mpp"], native_mpp=row["native_mpp"])
-    view = classifier.padded(np.asarray(field))
+    view = classifier.view_of(image, row["native_mpp"])[0].pixels
     figure, (left, right) = _figure(8, 4, 2)
     draw(left, view)
     draw(right, view, map_of_view(classifier, view))
-    left.set_title("the middle, as the network sees it", fontsize=10)
+    left.set_title("as the network is shown it", fontsize=10)
     right.set_title(f"class-activation map: orange for {classifier.labels[POSITIVE]}, purple against", fontsize=10)
     return figure
 
@@ -167,12 +169,12 @@ def _charts_figure(classifier: Classifier, row: dict, curve: tuple[np.ndarray, n
     return figure
 
 
-def _nearest(cases: SignatureIndex | None, path: str) -> list[tuple[str, str]]:
+def _nearest(cases: SignatureIndex | None, classifier: Classifier, path: str, mpp: float) -> list[tuple[str, str]]:
     if cases is None:
         return []
-    found, _ = find(cases, path, k=5)
+    similar, _ = similar_cases(cases, classifier, path, mpp=mpp, k=5)
     shown = []
-    for case in found.to_pylist():
+    for case in similar.to_pylist():
         if case["picture"] and Path(case["picture"]).is_file():
             with Image.open(case["picture"]) as image:
                 shown.append((to_rgb(image), f"{case['label']}, {case['similarity']:.2f}"))

@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 
 from magnification_invariant.data.images import to_rgb
+from magnification_invariant.data.views import corners
+from magnification_invariant.files import whole
 from magnification_invariant.records import POSITIVE
 
 STEPS = 16  # of the integral
@@ -70,20 +72,21 @@ def map_of_view(classifier, view: np.ndarray, method: Callable = smooth_activati
         view: uint8 (height, width, 3), at least as large as the network's input.
         method: `smooth_activation_maps` or `integrated_gradients`.
     """
-    size, corners = classifier.size, classifier.corners(view)
+    size, places = classifier.size, corners(*view.shape[:2], classifier.size)
     total, count = np.zeros(view.shape[:2]), np.zeros(view.shape[:2])
-    for first in range(0, len(corners), 8):
-        some = corners[first : first + 8]
-        tiles = np.stack([view[y : y + size, x : x + size].transpose(2, 0, 1) for y, x in some])
-        for (y, x), each in zip(some, method(classifier.network, tiles), strict=True):
+    for first in range(0, len(places), 8):
+        some = places[first : first + 8]
+        pieces = np.stack([view[y : y + size, x : x + size].transpose(2, 0, 1) for y, x in some])
+        for (y, x), each in zip(some, method(classifier.network, pieces), strict=True):
             total[y : y + size, x : x + size] += each
             count[y : y + size, x : x + size] += 1
     return total / count
 
 
 def middle(classifier, image: Image.Image, mpp: float) -> Image.Image:
-    """The middle square of an image, of at most three network inputs at the finest scale that can be shown."""
-    side = min(*image.size, round(3 * classifier.size * max(mpp, classifier.mpp_range[0]) / mpp))
+    """The middle square of an image, of at most three network inputs at the finest scale that the model knows."""
+    finest = classifier.mpp_range[0] if classifier.mpp_range else mpp
+    side = min(*image.size, round(3 * classifier.size * max(mpp, finest) / mpp))
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side))
 
@@ -119,9 +122,10 @@ def page(classifier, image: Image.Image, mpp: float, path: str | Path, *, n: int
     from matplotlib.figure import Figure
     from scipy.ndimage import gaussian_filter
 
-    views = classifier.zoom_views(middle(classifier, to_rgb(image), mpp), mpp, n)
-    rows = classifier.predict([view for _, view in views], [scale for scale, _ in views])
-    pictures = [classifier.padded(np.asarray(view)) for _, view in views]
+    field = middle(classifier, to_rgb(image), mpp)
+    scales = classifier.zoom_scales(field, mpp, n)
+    rows = [row for scale in scales for row in classifier.predict(field, mpp, view=scale)]
+    pictures = [classifier.view_of(field, mpp, scale)[0].pixels for scale in scales]
     cams = [map_of_view(classifier, picture) for picture in pictures]
     gradients = [map_of_view(classifier, picture, integrated_gradients) for picture in pictures]
     gradients = [gaussian_filter(each, classifier.size / 64) for each in gradients]  # single pixels cannot be seen
@@ -138,7 +142,6 @@ def page(classifier, image: Image.Image, mpp: float, path: str | Path, *, n: int
         bound = None if maps[0] is None else max(np.percentile(np.abs(each), 99) for each in maps)
         for axis, picture, heat in zip(line, pictures, maps, strict=True):
             draw(axis, picture, heat, bound)
-    unfinished = Path(path).with_name(Path(path).name + ".tmp")
-    figure.savefig(unfinished, dpi=110, format="png")
-    unfinished.replace(path)
+    with whole(path) as unfinished:
+        figure.savefig(unfinished, dpi=110, format="png")
     return rows

@@ -9,13 +9,24 @@ import numpy as np
 import torch
 
 from magnification_invariant import metrics
-from magnification_invariant.predict import ONNX_FILE, Classifier, Item
+from magnification_invariant.data.images import to_rgb
+from magnification_invariant.data.views import tiles
+from magnification_invariant.files import whole
+from magnification_invariant.predict.classifier import ONNX_FILE, Classifier
+from magnification_invariant.predict.inputs import Item, open_item
 from magnification_invariant.records import POSITIVE
 
 TOLERANCE = 1e-3  # of a logit, as a share of the largest
 ALLOWED_CHANGE = 0.02  # of the probability by 8 bits, at the 99th percentile
 TILES = 256  # half of them calibrate, half judge
-_CARRIED = ("config.json", "signature.json", "signature.safetensors", "predictions.parquet", "README.md")
+_CARRIED = (
+    "config.json",
+    "signature.json",
+    "signature.safetensors",
+    "predictions.parquet",
+    "results.json",
+    "README.md",
+)
 
 
 @dataclass(frozen=True)
@@ -56,29 +67,30 @@ def export(
         raise ValueError(f"{repo_or_folder} is a Hub repository: say with --out which folder to write to")
     size = classifier.size
     noise = np.random.default_rng(0).integers(0, 256, (3, 3, size, size), dtype=np.uint8)
-    tiles = noise if calibration is None else _tiles(classifier, calibration)
+    pieces = noise if calibration is None else _tiles(classifier, calibration)
     out = classifier.folder if out is None else Path(out)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".export-") as folder:
         exact, small = Path(folder, "exact.onnx"), Path(folder, "small.onnx")
         _write(classifier, exact)
-        logits = np.concatenate([classifier.run(part)[0] for part in _batches(tiles)])
-        error = float(np.abs(_logits(exact, tiles) - logits).max() / np.abs(logits).max())
+        logits = np.concatenate([classifier.run(part)[0] for part in _batches(pieces)])
+        error = float(np.abs(_logits(exact, pieces) - logits).max() / np.abs(logits).max())
         if error > TOLERANCE:
             raise RuntimeError(f"the exported logits differ from PyTorch's by {error:.2g} of the largest")
         change, keep = None, exact
         if calibration is not None:
-            _quantise(exact, small, tiles[::2])
+            _quantise(exact, small, pieces[::2])
             before, after = (
                 metrics.apply_temperature(each, classifier.temperature)[:, POSITIVE]
-                for each in (logits[1::2], _logits(small, tiles[1::2]))
+                for each in (logits[1::2], _logits(small, pieces[1::2]))
             )
             change = float(np.percentile(np.abs(after - before), 99))
             keep = small if change <= ALLOWED_CHANGE else exact
         for name in _CARRIED:
             if out != classifier.folder and (classifier.folder / name).is_file():
                 shutil.copy(classifier.folder / name, out)
-        keep.replace(out / ONNX_FILE)
+        with whole(out / ONNX_FILE) as unfinished:
+            shutil.copyfile(keep, unfinished)
     return Exported(out / ONNX_FILE, error, change, keep is small)
 
 
@@ -96,27 +108,23 @@ def _write(classifier: Classifier, path: Path) -> None:
     program.save(path, external_data=False)
 
 
-def _logits(path: Path, tiles: np.ndarray) -> np.ndarray:
+def _logits(path: Path, pieces: np.ndarray) -> np.ndarray:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return np.concatenate([session.run(["logits"], {"images": part})[0] for part in _batches(tiles)])
+    return np.concatenate([session.run(["logits"], {"images": part})[0] for part in _batches(pieces)])
 
 
-def _batches(tiles: np.ndarray) -> list[np.ndarray]:
-    return [tiles[i : i + 32] for i in range(0, len(tiles), 32)]
+def _batches(pieces: np.ndarray) -> list[np.ndarray]:
+    return [pieces[i : i + 32] for i in range(0, len(pieces), 32)]
 
 
 def _tiles(classifier: Classifier, items: list[Item]) -> np.ndarray:
     """The first `TILES` that the network would see of `items`, as the classifier cuts them."""
     seen: list[np.ndarray] = []
-
-    def record(tiles: np.ndarray):
-        seen.extend(tiles)
-        return np.zeros((2, len(tiles), max(len(classifier.labels), classifier.network.model.num_features)))
-
-    recorder = Classifier(classifier.folder, classifier.config, record)
-    for _ in recorder.iterate(items):
+    for item in items:
+        image = to_rgb(open_item(item.image))
+        seen.extend(tiles(classifier.view_of(image, item.mpp)[0].pixels, classifier.size))
         if len(seen) >= TILES:
             break
     if len(seen) < 16:
@@ -124,13 +132,13 @@ def _tiles(classifier: Classifier, items: list[Item]) -> np.ndarray:
     return np.stack(seen[:TILES])
 
 
-def _quantise(exact: Path, small: Path, tiles: np.ndarray) -> None:
+def _quantise(exact: Path, small: Path, pieces: np.ndarray) -> None:
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(CalibrationDataReader):
         def __init__(self):
-            self.batches = iter(_batches(tiles))
+            self.batches = iter(_batches(pieces))
 
         def get_next(self):
             batch = next(self.batches, None)

@@ -1,6 +1,7 @@
 """What can be predicted: files, folders, patterns, tables, pictures and arrays, each as an item with name and scale."""
 
 import glob
+import io
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -11,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from magnification_invariant.data.images import SUFFIXES, EncodedImages, open_image
-
-COARSEST = 20.0  # um/px; no microscope is coarser
+from magnification_invariant.data.scale import check_mpp
+from magnification_invariant.data.stated_scale import StatedScale, stated_scale
 
 
 class Item(NamedTuple):
@@ -27,26 +28,6 @@ class Item(NamedTuple):
     name: str
     image: Any
     mpp: float | None
-
-
-def check_mpp(mpp: float | str) -> float:
-    """`mpp` as a number, if it can be micrometres per pixel.
-
-    Raises:
-        ValueError: it is not a positive number, or so large that somebody meant a magnification.
-    """
-    try:
-        mpp = float(mpp)
-    except ValueError as error:
-        raise ValueError(f"micrometres per pixel must be a number like 0.25, not {mpp!r}") from error
-    if not (math.isfinite(mpp) and mpp > 0):
-        raise ValueError(f"micrometres per pixel must be a positive number, not {mpp:g}")
-    if mpp > COARSEST:
-        raise ValueError(
-            f"{mpp:g} micrometres per pixel are coarser than any microscope; if you mean a magnification of {mpp:g}: a "
-            "scanner's 40x is about 0.25 um/px and its 20x about 0.5, BreaKHis' 40X (total) is 0.49"
-        )
-    return mpp
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
@@ -131,3 +112,20 @@ def open_item(image) -> Image.Image:
     if image is None or not all(image.size):
         raise ValueError("it has no pixels")
     return image
+
+
+def scale_of(image: Any) -> StatedScale:
+    """What the file of an item states of its scale; nothing of an array.
+
+    Raises:
+        OSError: not an image.
+    """
+    if isinstance(image, tuple):
+        encoded, i = image
+        path, content = encoded[i]
+        return stated_scale(path if content is None else io.BytesIO(content))
+    if isinstance(image, Image.Image):
+        image = getattr(image, "filename", None) or getattr(image, "fp", None)
+    if isinstance(image, str | Path) and str(image):
+        return stated_scale(image)
+    return StatedScale(None)

@@ -5,8 +5,6 @@ multiple of 8. Cases are compared by the cosine of their signatures, exactly, ag
 """
 
 import json
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,53 +12,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import timm
-import torch
 from numpy.typing import ArrayLike
+from tqdm import tqdm
 
-from magnification_invariant import metrics
-from magnification_invariant.data.augment import view_height
 from magnification_invariant.data.breakhis import name_fields
 from magnification_invariant.data.images import EncodedImages
-from magnification_invariant.data.pixels import PixelCache
-from magnification_invariant.engine import predict
-from magnification_invariant.model_folder import read_model_config
-from magnification_invariant.signatures import SignatureProjector, read_embeddings
+from magnification_invariant.files import locked, whole
+from magnification_invariant.predict.classifier import Classifier
+from magnification_invariant.predict.inputs import Item, items_of
 
 FILE = "signatures.parquet"
 CASE = ("filename", "patient", "label", "subtype", "magnification", "domain", "mpp")  # what of a table is kept
-
-
-class SignedModel:
-    """A published or trained network with its signature.
-
-    Args:
-        source: Model folder or Hub repository that also holds a signature.
-        device: Where it runs.
-
-    Raises:
-        FileNotFoundError: There is no such model, or no signature beside it.
-        ValueError: The signature belongs to other weights.
-    """
-
-    def __init__(self, source: str, device: str | torch.device = "cpu"):
-        self.source = str(Path(source).resolve()) if Path(source).is_dir() else source
-        self.size = read_model_config(self.source)["pretrained_cfg"]["input_size"][-1]
-        self.projector = SignatureProjector.from_pretrained(self.source)
-        where = "local-dir" if Path(self.source).is_dir() else "hf-hub"
-        self.model = timm.create_model(f"{where}:{self.source.removeprefix('hf-hub:')}", pretrained=True).eval()
-        self.projector.as_module(self.model)  # raises where the two do not belong together
-        self.model.to(device)
-
-    def embeddings(self, ds, *, batch_size: int = 1024, cache_folder=None) -> Iterator[np.ndarray]:
-        """Embeddings of a table's images, (b, width) at a time: of the centre of each, as the protocol makes them."""
-        cache = PixelCache(ds, view_height(self.size), folder=cache_folder)
-        for rows in np.split(np.arange(len(ds)), range(batch_size, len(ds), batch_size)):
-            yield predict(self.model, cache, rows, self.size, embedding=self.projector.embedding)[1]
-
-    def signatures(self, ds, **options) -> Iterator[np.ndarray]:
-        """Signatures of a table's images, (b, k) at a time; options as of `embeddings`."""
-        return (self.projector.transform(batch) for batch in self.embeddings(ds, **options))
+BATCH = 1024  # cases written at a time
 
 
 def unit(signatures: ArrayLike) -> np.ndarray:
@@ -70,42 +33,54 @@ def unit(signatures: ArrayLike) -> np.ndarray:
     return np.pad(x, ((0, 0), (0, -x.shape[1] % 8)))
 
 
-def build_index(model: SignedModel, ds, folder: str | Path) -> Path:
+def _signed(classifier: Classifier) -> Classifier:
+    if classifier.projector is None or not len(classifier.projector.indices):
+        what = "has no signature" if classifier.projector is None else "has an empty signature"
+        raise ValueError(f"the model {classifier.folder} {what}: cases cannot be compared by it; choose another model")
+    return classifier
+
+
+def build_index(classifier: Classifier, ds, folder: str | Path) -> Path:
     """Writes the signatures of a table's images, a batch at a time, to a folder.
 
     Args:
-        model: What makes the signatures.
+        classifier: What makes the signatures.
         ds: A table with an image column, `filename` and `patient`; the other columns of `CASE` are kept where it has
             them.
         folder: Of the index; the file in it is replaced when the new one is complete.
 
     Returns:
         The file.
+
+    Raises:
+        ValueError: The model has no signature, or an image cannot be predicted.
+        Busy: Another process writes there.
     """
-    folder, k = Path(folder), len(model.projector.indices)
-    folder.mkdir(parents=True, exist_ok=True)
-    images = EncodedImages(ds)
-    names = [name for name in CASE if name in ds.column_names]
-    columns = {name: ds[name][:] for name in names}
+    projector, folder = _signed(classifier).projector, Path(folder)
+    size, images = len(projector.indices), EncodedImages(ds)
+    columns = {name: ds[name][:] for name in CASE if name in ds.column_names}
     if hasattr(ds.features.get("label"), "int2str"):
         columns["label"] = ds.features["label"].int2str(columns["label"])
     columns["picture"] = [images[i][0] for i in range(len(ds))]  # None for images inside Parquet files
     cases = pa.table(columns)
-    about = {"model": model.source, "embedding": model.projector.embedding, "size": k}
-    about |= {"source": model.projector.source, "weights_sha256": model.projector.weights_sha256}
-    kind = pa.list_(pa.float16(), k + -k % 8)
+    about = {"model": classifier.source, "size": size, "embedding": projector.embedding, "source": projector.source}
+    about["weights_sha256"] = projector.weights_sha256
+    kind = pa.list_(pa.float16(), size + -size % 8)
     schema = cases.schema.append(pa.field("signature", kind)).with_metadata({"magdg": json.dumps(about)})
-    unfinished = folder / (FILE + ".tmp")
-    start = 0
-    with pq.ParquetWriter(unfinished, schema) as writer:
-        for batch in model.signatures(ds):
-            flat = pa.array(unit(batch).astype(np.float16).ravel())
-            part = cases.slice(start, len(batch)).append_column(
-                schema.field("signature"), pa.FixedSizeListArray.from_arrays(flat, type=kind)
-            )
-            writer.write_table(part)
-            start += len(batch)
-    return unfinished.replace(folder / FILE)
+    rows = tqdm(classifier.iterate(items_of(ds)), total=len(ds), desc="signatures", unit="image", disable=None)
+    with locked(folder), whole(folder / FILE) as unfinished, pq.ParquetWriter(unfinished, schema) as writer:
+        batch, start = [], 0
+        for i, row in enumerate(rows, 1):
+            if row["error"]:
+                raise ValueError(f"{row['filename']} cannot be predicted: {row['error']}")
+            batch.append(row["signature"])
+            if len(batch) == BATCH or i == len(ds):
+                flat = pa.array(unit(batch).astype(np.float16).ravel())
+                signatures = pa.FixedSizeListArray.from_arrays(flat, type=kind)
+                part = cases.slice(start, len(batch))
+                writer.write_table(part.append_column(schema.field("signature"), signatures))
+                batch, start = [], i
+    return folder / FILE
 
 
 def nearest(
@@ -210,148 +185,45 @@ class SignatureIndex:
             tables.append(self.cases.take(rows[row[there]]).append_column("similarity", pa.array(value[there])))
         return tables
 
-    def to_faiss(self, lists: int | None = None, probes: int = 32):
-        """The signatures as an index of faiss that looks at a part of them only, for more than 100,000 cases.
 
-        Its `search` gives similarities and rows of `cases`, approximately, and knows no patients: ask for more than
-        needed and drop the query's own. It is kept by `faiss.write_index`.
-
-        Args:
-            lists: Clusters the cases are dealt into; default four times the root of their number.
-            probes: Clusters searched; more find more of what `search` finds.
-
-        Raises:
-            OSError: faiss is not installed; says how to get it.
-        """
-        try:
-            import faiss
-        except ModuleNotFoundError as error:
-            raise OSError("this needs faiss: pip install 'magnification-invariant[faiss]'") from error
-        lists = lists or max(1, int(4 * len(self.vectors) ** 0.5))
-        index = faiss.index_factory(self.vectors.shape[1], f"IVF{lists},SQfp16", faiss.METRIC_INNER_PRODUCT)
-        index.train(self.vectors)
-        index.add(self.vectors)
-        index.nprobe = probes
-        return index
-
-
-def find(
+def similar_cases(
     index: SignatureIndex,
+    classifier: Classifier,
     image: str | Path,
     *,
+    mpp: float | None = None,
     k: int = 10,
     patient: str | None = None,
     magnification: int | None = None,
-    device: str | torch.device = "cpu",
 ) -> tuple[pa.Table, str | None]:
     """The k cases of an index most like the image in a file.
 
     Args:
-        index: To search; the model that made it is loaded.
+        index: To search.
+        classifier: The model that made it.
         image: File.
+        mpp: Micrometres per pixel of the image; by default what the index says of a case of the same file name, or
+            what the file states.
         k: Cases to find.
         patient: Of the image, whose own cases are left out. By default, of the case of the same file name in the index,
             or what a BreaKHis file name says.
         magnification: Find cases of this one only.
-        device: Where the model runs.
 
     Returns:
         The cases, best first, as of `SignatureIndex.search`; and whose own cases were left out (None: nobody's).
 
     Raises:
-        ValueError: The model is not the one that made the index.
+        ValueError: The model is not the one that made the index, or the image cannot be predicted.
     """
-    import datasets
-
-    model = SignedModel(index.about["model"], device)
-    if model.projector.weights_sha256 != index.about["weights_sha256"]:
-        raise ValueError(f"{model.source} is no longer the model that made this index; build it again")
-    image = Path(image)
-    if patient is None:
-        known = dict(zip(index.cases["filename"].to_pylist(), index.cases["patient"].to_pylist(), strict=True))
-        patient = known.get(image.name) or (name_fields(image.name) or {}).get("patient")
-    ds = datasets.Dataset.from_dict({"image": [str(image)]}).cast_column("image", datasets.Image())
-    with tempfile.TemporaryDirectory() as folder:
-        signature = next(model.signatures(ds, cache_folder=folder))
-    return index.search(signature, k, None if patient is None else [patient], magnification)[0], patient
-
-
-def precision_at(
-    vectors: np.ndarray,
-    label: ArrayLike,
-    patient: ArrayLike,
-    *,
-    query: ArrayLike | None = None,
-    gallery: ArrayLike | None = None,
-    ks: tuple[int, ...] = (5, 10),
-) -> dict[str, Any]:
-    """How many of the nearest cases of other patients have the query's class; every query patient weighs the same.
-
-    Args:
-        vectors: (n, d) of unit length.
-        label: (n,) classes.
-        patient: (n,) patients.
-        query: (n,) booleans, which rows ask; default all.
-        gallery: (n,) booleans, which rows can be found; default all.
-        ks: How many nearest cases to look at.
-
-    Returns:
-        queries, chance (the precision of random cases of other patients), and for each k precision and by_class.
-    """
-    label, patient = np.asarray(label), np.asarray(patient)
-    query, gallery = (np.flatnonzero(np.ones(len(label), bool) if m is None else m) for m in (query, gallery))
-    found, _ = nearest(vectors[query], vectors[gallery], max(ks), patient[query], patient[gallery])
-    same = np.where(found >= 0, label[gallery][found] == label[query][:, None], np.nan)
-    weight = metrics.patient_weights(patient[query])
-    others = patient[query][:, None] != patient[gallery][None]
-    alike = (label[query][:, None] == label[gallery][None]) & others
-    chance = np.average(alike.sum(1) / np.maximum(others.sum(1), 1), weights=weight)
-    result = {"queries": len(query), "chance": float(chance)}
-    for k in ks:
-        share = np.nanmean(same[:, :k], axis=1)
-        by_class = {}
-        for c in np.unique(label[query]).tolist():
-            chosen = label[query] == c
-            by_class[c] = float(np.average(share[chosen], weights=weight[chosen]))
-        result[k] = {"precision": float(np.average(share, weights=weight)), "by_class": by_class}
-    return result
-
-
-def retrieval(folder: str | Path, ks: tuple[int, ...] = (5, 10)) -> list[dict[str, Any]]:
-    """Precision among the tested patients of a finished cell, from each magnification to each, by representation.
-
-    "signature" is the standardised signature, "weighted" its columns times the size of their coefficients, "embedding"
-    all live dimensions, standardised on the training images. No tested patient was seen in training.
-
-    Returns:
-        A row a (representation, query magnification, gallery magnification) with the figures of `precision_at`.
-    """
-    folder = Path(folder)
-    projector = SignatureProjector.from_pretrained(folder / "model")
-    train = read_embeddings(folder / "embeddings.safetensors", "train")[0].astype(np.float64)
-    parts = [read_embeddings(folder / "embeddings.safetensors", part) for part in ("test", "test_source")]
-    x = np.concatenate([embedding for embedding, _ in parts]).astype(np.float64)
-    keys = {name: np.concatenate([of[name] for _, of in parts]) for name in ("label", "patient", "domain")}
-    live = train.std(0) > 0
-    signature = projector.transform(x)
-    vectors = {
-        "signature": signature,
-        "weighted": signature * np.abs(projector.weight).max(0),
-        "embedding": (x[:, live] - train[:, live].mean(0)) / train[:, live].std(0),
-    }
-    rows = []
-    for name, vector in vectors.items():
-        vector = unit(vector)
-        for asked in np.unique(keys["domain"]):
-            for given in np.unique(keys["domain"]):
-                found = precision_at(
-                    vector,
-                    keys["label"],
-                    keys["patient"],
-                    query=keys["domain"] == asked,
-                    gallery=keys["domain"] == given,
-                    ks=ks,
-                )
-                about = {"representation": name, "width": vector.shape[1]}
-                rows.append({**about, "query": asked.item(), "gallery": given.item(), **found})
-    return rows
+    if _signed(classifier).projector.weights_sha256 != index.about["weights_sha256"]:
+        raise ValueError(f"{classifier.folder} is not (or no longer) the model that made this index; build it again")
+    name = Path(image).name
+    names = [Path(each).name for each in index.cases["filename"].to_pylist()]
+    case = index.cases.slice(names.index(name), 1).to_pylist()[0] if name in names else {}
+    fields = name_fields(name) or {}
+    patient = patient or case.get("patient") or fields.get("patient")
+    (row,) = classifier.iterate([Item(name, Path(image), mpp or case.get("mpp"))])
+    if row["error"]:
+        raise ValueError(f"{image} cannot be predicted: {row['error']}")
+    query = [row["signature"]]
+    return index.search(query, k, None if patient is None else [patient], magnification)[0], patient

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,9 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from magnification_invariant.files import locked, read_json, whole, write_json
 from magnification_invariant.predict.classifier import Classifier
 from magnification_invariant.predict.inputs import Item
-from magnification_invariant.records import write_json
+from magnification_invariant.records import write_table
 
 SHARD = 64  # images; what a cut run loses at most, per process
 FORMATS = (".parquet", ".csv", ".json")
@@ -30,6 +32,7 @@ SCHEMA = pa.schema(
         "mpp": _REAL,
         "apparent_mpp": _REAL,
         "tiles": _WHOLE,
+        "filled": _REAL,
         "logits": _REALS,
         "probability": _REAL,
         "prediction": _TEXT,
@@ -54,7 +57,7 @@ def predict_to_file(
     items: list[Item],
     out: str | Path,
     *,
-    scales: Iterable[float] = (1.0,),
+    view: str | float = "normalised",
     strict: bool = False,
     process: int = 0,
     processes: int = 1,
@@ -66,7 +69,7 @@ def predict_to_file(
     the same model, items and settings, goes on after the shards that are there, with any number of processes.
 
     Args:
-        scales, strict: see `Classifier.iterate`.
+        view, strict: see `Classifier.iterate`.
         process, processes: which of how many this is; every process is given all items and takes its share of shards.
         wait: returns when all processes have called it.
 
@@ -75,49 +78,41 @@ def predict_to_file(
 
     Raises:
         ValueError: another kind of file is wanted.
-        OSError: a file cannot be written; the shards are kept.
+        Busy: another process writes `out`.
+        CannotWrite: a file cannot be written; the shards are kept.
     """
-    out, scales = Path(out), tuple(scales)
+    out = Path(out)
     if out.suffix not in FORMATS:
         raise ValueError(f"predictions are written as {', '.join(FORMATS)}, not as {out.name}")
     parts = out.with_name(out.name + ".parts")
     shards = [parts / f"{first // SHARD:06d}.parquet" for first in range(0, len(items), SHARD)]
-    try:
+    with locked(out) if process == 0 else nullcontext():
         if process == 0:
-            _prepare(parts, _fingerprint(classifier, items, scales, strict))
+            _prepare(parts, _fingerprint(classifier, items, view, strict))
         wait()
-        mine = [k for k in range(process, len(shards), processes) if not shards[k].exists()]
-        with tqdm(total=sum(len(items[k * SHARD : (k + 1) * SHARD]) for k in mine), unit="image", disable=None) as bar:
-            for k in mine:
+        todo = [k for k in range(process, len(shards), processes) if not shards[k].exists()]
+        with tqdm(total=sum(len(items[k * SHARD : (k + 1) * SHARD]) for k in todo), unit="image", disable=None) as bar:
+            for k in todo:
                 rows = []
-                for row in classifier.iterate(items[k * SHARD : (k + 1) * SHARD], scales=scales, strict=strict):
+                for row in classifier.iterate(items[k * SHARD : (k + 1) * SHARD], view=view, strict=strict):
                     rows.append({name: row[name] for name in SCHEMA.names})
                     bar.update()
-                unfinished = shards[k].with_suffix(f".{process}.tmp")
-                pq.write_table(pa.Table.from_pylist(rows, SCHEMA), unfinished)
-                unfinished.replace(shards[k])
+                write_table(pa.Table.from_pylist(rows, SCHEMA), shards[k])
         wait()
         if process:
             return None
         summary = Summary()
-        unfinished = out.with_name(out.name + ".tmp")
-        _WRITERS[out.suffix](_noted(shards, summary), unfinished)
-        unfinished.replace(out)
-    except OSError as error:
-        raise OSError(
-            f"cannot write the predictions {out}: {error}; what is done is kept in {parts}: make room and start the "
-            "same command again"
-        ) from error
-    shutil.rmtree(parts)
+        with whole(out) as unfinished:
+            _WRITERS[out.suffix](_noted(shards, summary), unfinished)
+        shutil.rmtree(parts)
     return summary
 
 
 def _prepare(parts: Path, fingerprint: str) -> None:
     """The folder of shards; emptied if they are of another run."""
     run = parts / "run.json"
-    if not (run.exists() and json.loads(run.read_text())["fingerprint"] == fingerprint):
+    if not (run.exists() and read_json(run)["fingerprint"] == fingerprint):
         shutil.rmtree(parts, ignore_errors=True)
-        parts.mkdir(parents=True)
         write_json(run, {"fingerprint": fingerprint})
 
 

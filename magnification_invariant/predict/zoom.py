@@ -1,21 +1,16 @@
 """Zoom curves: what a trained network says of the same tissue at one scale after the other.
 
-A scale is micrometres per pixel at the network's input. There are three kinds of curve, the `variant` of a row:
+A scale is micrometres per pixel at the network's input. There are two kinds of curve, the `variant` of a row:
 
 - ``rendered``: virtual slides. The tissue around the middle of an image of the finest magnification is photographed
   anew at every scale and fills the network's input, so the field grows with the scale.
-- ``crop``: photographs at a constant crop. Downsampled, of which the middle fills the network's input: always as many
-  pixels, so the field grows with the scale.
-- ``field``: photographs at a constant field of view. Downsampled, always the same square of tissue, which the network
-  sees in fewer and fewer tiles; their outputs are averaged.
+- ``field``: photographs. The whole image, as `data.views.show` shows it, in fewer and fewer tiles.
 
 A photograph is never enlarged: its curves start at the scale it was taken at and end where its short side just holds
-the network's input; there both show the same. Every source magnification has curves of its own, because it has fields
-and optics of its own.
+the network's input. Every source magnification has curves of its own, because it has fields and optics of its own.
 """
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -26,38 +21,31 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from PIL import Image
 from tqdm import tqdm
 
 from magnification_invariant import metrics
 from magnification_invariant.data.images import EncodedImages, open_image, shown_size, to_rgb
-from magnification_invariant.data.scale import rescale
 from magnification_invariant.data.splits import domain_column, domain_name
-from magnification_invariant.predict import Classifier
-from magnification_invariant.records import ZOOM, last_epoch
-from magnification_invariant.virtual_slides.dataset import GENERATOR_VERSION, SIDECAR, Optics, render_field
+from magnification_invariant.data.views import field_mpp, mean_over_tiles, show, tiles
+from magnification_invariant.files import read_json
+from magnification_invariant.predict.classifier import Classifier
+from magnification_invariant.records import ZOOM, Run, write_table
+from magnification_invariant.virtual_slides import GENERATOR_VERSION, SIDECAR, Optics, render_field
 
 RENDERED_POINTS, PHOTOGRAPH_POINTS = 9, 5
 BEYOND = 2.0  # how far the rendered curve goes beyond what was trained on, as a factor at either end
 
 
-class View(NamedTuple):
-    """A field at one scale: uint8 RGB (height, width, 3), no side shorter than the network's input."""
-
-    variant: str
-    mpp: float
-    pixels: np.ndarray
-
-
 class Field(NamedTuple):
-    """One image of a tested patient; `views` shows its tissue at every scale of its curves."""
+    """One image of a tested patient; `views` shows its tissue at every scale of its curve."""
 
     filename: str
     patient: str
     label: int
     source: str
-    views: Callable[[], Iterator[View]]
+    variant: str
+    views: Callable[[], Iterator[tuple[float, np.ndarray]]]  # um/px, pixels (height, width, 3)
 
 
 def write_zoom_curves(folder: str | Path, ds, *, n_images: int = 8) -> Path:
@@ -79,51 +67,36 @@ def write_zoom_curves(folder: str | Path, ds, *, n_images: int = 8) -> Path:
         OSError: there is no model, or no predictions with it.
         ValueError: the model states no scale; the table is another one; no image is large enough.
     """
-    folder = Path(folder)
-    model = folder / "model" if (folder / "model").is_dir() else folder
-    classifier = Classifier.from_pretrained(model)
-    rows, input_mpp = _tested_rows(model, ds, n_images)
+    run = Run(folder)
+    classifier = Classifier.from_pretrained(run.model)
+    if not classifier.mpp_range:
+        raise ValueError(f"{run.model} states no scale: it was trained on images of unknown micrometres per pixel")
+    rows, input_mpp = _tested_rows(run, ds, n_images)
     fields = virtual_fields(ds, rows, input_mpp, classifier) or photographed_fields(ds, rows, classifier.size)
     table = zoom_curves(classifier, fields)
     about = {"mpp_range": list(classifier.mpp_range), "size": classifier.size}
-    table = table.replace_schema_metadata({"about": json.dumps(about)})
-    unfinished = folder / (ZOOM + ".tmp")
-    pq.write_table(table, unfinished)
-    return unfinished.replace(folder / ZOOM)
+    write_table(table.replace_schema_metadata({"about": json.dumps(about)}), run.folder / ZOOM)
+    return run.folder / ZOOM
 
 
 def zoom_curves(classifier: Classifier, fields: list[Field]) -> pa.Table:
     """The rows of `write_zoom_curves`, by field; see there."""
     columns, embeddings = defaultdict(list), []
-    for field in tqdm(fields, desc="zoom curves", unit="image", disable=None):
-        views = list(field.views())
-        logits, embedding = _outputs(classifier, [view.pixels for view in views])
-        for view, values in zip(views, logits, strict=True):
-            for name in ("filename", "patient", "label", "source"):
-                columns[name].append(getattr(field, name))
-            columns["variant"].append(view.variant)
-            columns["mpp"].append(view.mpp)
-            columns["field"].append(min(view.pixels.shape[:2]) * view.mpp)
-            columns["logits"].append(values.tolist())
+
+    def shown() -> Iterator[np.ndarray]:
+        for field in tqdm(fields, desc="zoom curves", unit="image", disable=None):
+            for mpp, pixels in field.views():
+                for name in ("filename", "patient", "label", "source", "variant"):
+                    columns[name].append(getattr(field, name))
+                columns["mpp"].append(mpp)
+                columns["field"].append(min(pixels.shape[:2]) * mpp)
+                yield tiles(pixels, classifier.size)
+
+    for logits, embedding in mean_over_tiles(classifier.run, shown(), classifier.batch_size):
+        columns["logits"].append(logits.tolist())
         embeddings.append(embedding)
-    cka, reference = _similarity(columns, np.concatenate(embeddings), classifier.mpp_range)
+    cka, reference = _similarity(columns, np.stack(embeddings), classifier.mpp_range)
     return pa.table(dict(columns) | {"cka": cka, "reference": reference})
-
-
-def _outputs(classifier: Classifier, views: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Logits and embeddings of views, means over the tiles that cover each."""
-    corners = [classifier.corners(view) for view in views]
-    size, step = classifier.size, classifier.batch_size
-    tiles = [
-        view[top : top + size, left : left + size].transpose(2, 0, 1)
-        for view, places in zip(views, corners, strict=True)
-        for top, left in places
-    ]
-    outputs = [classifier.run(np.stack(tiles[first : first + step])) for first in range(0, len(tiles), step)]
-    counts = np.array([len(places) for places in corners])
-    starts = np.cumsum(counts) - counts
-    logits, embeddings = (np.concatenate(parts).astype(np.float64) for parts in zip(*outputs, strict=True))
-    return tuple(np.add.reduceat(each, starts, axis=0) / counts[:, None] for each in (logits, embeddings))
 
 
 def _similarity(columns: dict[str, list], embeddings: np.ndarray, mpp_range: tuple) -> tuple[np.ndarray, np.ndarray]:
@@ -137,16 +110,15 @@ def _similarity(columns: dict[str, list], embeddings: np.ndarray, mpp_range: tup
         finest = (trained if len(trained) else points)[0]
         rows = {point: np.flatnonzero((names == name) & (mpp == point)) for point in points}
         reference[rows[finest]] = True
-        for mine in rows.values():
-            if len(mine) >= 4:
-                cka[mine] = metrics.linear_cka(embeddings[mine], embeddings[rows[finest]])
+        for point in points:
+            if len(rows[point]) >= 4:
+                cka[rows[point]] = metrics.linear_cka(embeddings[rows[point]], embeddings[rows[finest]])
     return cka, reference
 
 
-def _tested_rows(model: Path, ds, n_images: int) -> tuple[np.ndarray, np.ndarray]:
+def _tested_rows(run: Run, ds, n_images: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows of the table that the model was tested on and are real photographs; um/px at which it saw each."""
-    records = last_epoch(model)
-    records = records.filter(pc.is_in(records["part"], pa.array(["test", "test_source"])))
+    records = run.records.filter(pc.is_in(run.records["part"], pa.array(["test", "test_source"])))
     row_of = {name: row for row, name in enumerate(ds["filename"][:])}
     patients, labels, domains = (ds[name][:] for name in ("patient", "label", domain_column(ds)))
     rescaled = ds["rescaled"][:] if "rescaled" in ds.column_names else [False] * len(ds)
@@ -155,11 +127,11 @@ def _tested_rows(model: Path, ds, n_images: int) -> tuple[np.ndarray, np.ndarray
     for name, patient, label, mpp in zip(*known, strict=True):
         row = row_of.get(name)
         if row is None or (patients[row], labels[row]) != (patient, label):
-            raise ValueError(f"{model} was tested on {name} of {patient}, which the data lack: give the same data")
+            raise ValueError(f"{run.folder} was tested on {name} of {patient}, which the data lack: give the same data")
         if not rescaled[row]:
             chosen[patient, domains[row]].append((row, mpp))
     if not chosen:
-        raise ValueError(f"{model} was tested on no image that was photographed at its own magnification")
+        raise ValueError(f"{run.folder} was tested on no image that was photographed at its own magnification")
     few = [found[i] for found in chosen.values() for i in _evenly(len(found), n_images)]
     rows, mpp = (np.array(column) for column in zip(*sorted(few), strict=True))
     return rows, mpp
@@ -170,7 +142,7 @@ def _evenly(n: int, most: int) -> list[int]:
 
 
 def photographed_fields(ds, rows: np.ndarray, size: int) -> list[Field]:
-    """Rows of a table of photographs, to be shown by `downsampled`; the scales are common to a magnification.
+    """Rows of a table of photographs; the scales are common to a magnification.
 
     Raises:
         ValueError: the scale of an image is not known; at no magnification do all images hold the network's input of
@@ -182,41 +154,28 @@ def photographed_fields(ds, rows: np.ndarray, size: int) -> list[Field]:
     domain = np.array(ds[domain_column(ds)][:])
     fields = []
     for value in np.unique(domain[rows]):
-        mine = rows[domain[rows] == value]
-        short = []
-        for row in mine:
+        of_domain, short = rows[domain[rows] == value], []
+        for row in of_domain:
             with open_image(images[row]) as image:
                 short.append(min(shown_size(image)))
-        low, high = native[mine].max(), (np.array(short) * native[mine]).min() / size
+        low, high = native[of_domain].max(), field_mpp(native[of_domain], np.array(short), size).min()
         if high < low:
             continue
         points = np.geomspace(low, high, PHOTOGRAPH_POINTS if high > low * 1.01 else 1).tolist()
-        views = [partial(_opened, images, row, native[row], points, size) for row in mine]
-        fields += _fields(ds, mine, [domain_name(value.item())] * len(mine), views)
+        views = [partial(_photographed, images, row, native[row], points, size) for row in of_domain]
+        fields += _fields(ds, of_domain, domain_name(value.item()), "field", views)
     if not fields:
         raise ValueError(f"at no magnification do all tested images hold the network's input of {size} pixels")
     return fields
 
 
-def _opened(images: EncodedImages, row: int, native: float, points: list[float], size: int) -> Iterator[View]:
+def _photographed(
+    images: EncodedImages, row: int, native: float, points: list[float], size: int
+) -> Iterator[tuple[float, np.ndarray]]:
     with open_image(images[row]) as image:
-        yield from downsampled(to_rgb(image), native, points, size)
-
-
-def downsampled(image: Image.Image, native: float, points: list[float], size: int) -> Iterator[View]:
-    """A photograph at every one of the scales `points`, at a constant crop and at a constant field of view.
-
-    Args:
-        image: RGB.
-        native: its um/px.
-        points: um/px, ascending, none finer than `native`, the last one so that the short side holds `size` pixels.
-        size: side of the network's input in pixels.
-    """
-    field = size * points[-1]
+        image = to_rgb(image)
     for mpp in points:
-        shown = np.asarray(rescale(image, mpp, native_mpp=native))
-        yield View("crop", mpp, _middle(shown, size))
-        yield View("field", mpp, _middle(shown, int(field / mpp + 1e-6)))
+        yield mpp, show(image, native, mpp, size).pixels
 
 
 def virtual_fields(ds, rows: np.ndarray, input_mpp: np.ndarray, classifier: Classifier) -> list[Field]:
@@ -231,7 +190,7 @@ def virtual_fields(ds, rows: np.ndarray, input_mpp: np.ndarray, classifier: Clas
     sidecar = next((p / SIDECAR for p in Path(path or "").parents if (p / SIDECAR).is_file()), None)
     if path is None or sidecar is None:
         return []
-    truth = json.loads(sidecar.read_text())
+    truth = read_json(sidecar)
     version = truth["parameters"]["generator_version"]
     if version != GENERATOR_VERSION:
         raise ValueError(
@@ -252,7 +211,7 @@ def virtual_fields(ds, rows: np.ndarray, input_mpp: np.ndarray, classifier: Clas
         optics = replace(optics, blur=optics.blur / image["mpp"])
         place = number[ds["patient"][int(row)]], tuple(image["centre"])
         views.append(partial(rendered, *place, optics, points, classifier.size, ratio, seed))
-    return _fields(ds, rows[finest], ["virtual"] * finest.sum(), views)
+    return _fields(ds, rows[finest], "virtual", "rendered", views)
 
 
 def rendered(
@@ -263,7 +222,7 @@ def rendered(
     size: int,
     ratio: float,
     noise_seed: int = 0,
-) -> Iterator[View]:
+) -> Iterator[tuple[float, np.ndarray]]:
     """A place of virtual tissue, photographed anew at every one of the scales `points`.
 
     Args:
@@ -276,22 +235,14 @@ def rendered(
             than the network sees them, and downsampled.
         noise_seed: of the camera's noise.
     """
-    side = math.ceil(size * ratio)
+    side = round(size * ratio)
     for mpp in points:
         camera = mpp / ratio
         through = replace(optics, blur=optics.blur * camera)
         image = Image.fromarray(render_field(patient, camera, centre, (side, side), through, noise_seed))
-        yield View("rendered", mpp, _middle(np.asarray(rescale(image, mpp, native_mpp=camera)), size))
+        yield mpp, show(image, camera, mpp, size).pixels
 
 
-def _fields(ds, rows: np.ndarray, sources: list[str], views: list[Callable]) -> list[Field]:
-    some = ds.select(rows)
-    return [
-        Field(*row)
-        for row in zip(*(some[name][:] for name in ("filename", "patient", "label")), sources, views, strict=True)
-    ]
-
-
-def _middle(pixels: np.ndarray, side: int) -> np.ndarray:
-    top, left = ((n - side) // 2 for n in pixels.shape[:2])
-    return pixels[top : top + side, left : left + side]
+def _fields(ds, rows: np.ndarray, source: str, variant: str, views: list[Callable]) -> list[Field]:
+    keys = zip(*(ds.select(rows)[name][:] for name in ("filename", "patient", "label")), strict=True)
+    return [Field(*key, source, variant, each) for key, each in zip(keys, views, strict=True)]

@@ -20,7 +20,7 @@ from magnification_invariant.engine import normalise
 from magnification_invariant.report.page import Picture, Section, Table
 from magnification_invariant.report.runs import is_cell
 from magnification_invariant.signatures import SignatureProjector, read_embeddings
-from magnification_invariant.virtual_slides.dataset import SIDECAR
+from magnification_invariant.virtual_slides import SIDECAR
 
 PARTS = ("val", "test", "test_source")  # images that did not train the network
 MORPHOLOGY = ("nuclei per mm2", "nuclear area", "eccentricity", "haematoxylin")

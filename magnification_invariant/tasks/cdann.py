@@ -4,9 +4,12 @@ Adversarial Networks", ECCV 2018), in DomainBed's form (Gulrajani and Lopez-Paz,
 import torch
 import torch.nn.functional as F
 
+from magnification_invariant.models import linear_classifier
 from magnification_invariant.tasks.dann import DANN
+from magnification_invariant.tasks.task import register
 
 
+@register("cdann")
 class CDANN(DANN):
     """`DANN` whose adversary knows the class, so that features need to be alike within a class only.
 
@@ -20,16 +23,19 @@ class CDANN(DANN):
     reversed, as under `DANN`.
     """
 
-    def __init__(self, model, **kwargs):
-        super().__init__(model, **kwargs)
-        self.class_embedding = torch.nn.Embedding(model.num_classes, model.num_features)
+    def __init__(self, model, options=None):
+        super().__init__(model, options)
+        classifier = linear_classifier(model)
+        self.class_embedding = torch.nn.Embedding(classifier.out_features, classifier.in_features)
 
     @property
     def critic(self):
         return [*super().critic, *self.class_embedding.parameters()]
 
-    def domain_loss(self, pooled, target, domain):
-        output = self.model.domain_head(pooled + self.class_embedding(target))
+    def shift(self, target):
+        return self.class_embedding(target)
+
+    def domain_loss(self, domain_output, target, domain):
         count = F.one_hot(target, self.class_embedding.num_embeddings).sum(0)
         weight = 1 / (count[target] * len(count))
-        return (weight * F.cross_entropy(output, domain, reduction="none")).sum(), output
+        return (weight * F.cross_entropy(domain_output, domain, reduction="none")).sum()

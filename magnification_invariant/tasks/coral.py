@@ -1,35 +1,33 @@
 """Correlation alignment (Sun and Saenko, "Deep CORAL", ECCV 2016 workshops)."""
 
+from dataclasses import dataclass
 from itertools import combinations
 
 import torch
 
-from magnification_invariant.tasks.task import Task
+from magnification_invariant.models import embed
+from magnification_invariant.tasks.options import option
+from magnification_invariant.tasks.task import Task, register
 
 
+@register("coral")
 class CORAL(Task):
     """Class cross-entropy plus the distance of the domains' feature covariances.
 
     For two domains the loss is the paper's equation 1, ``||C_a - C_b||_F^2 / (4 w^2)``, C a covariance (over n - 1) of
-    pooled features of width w; for more it is the mean over pairs, as in DomainBed, times `gamma`. Means are not
-    aligned, as in the paper (DomainBed adds their distance, and leaves out the factor 1/4).
+    pooled features of width w; for more it is the mean over pairs, as in DomainBed, times the option
+    ``coral_weight``. Means are not aligned, as in the paper (DomainBed does, and leaves out the factor 1/4).
 
     A domain with fewer than two images in the batch has no covariance, and its pairs are left out of the sum.
     With several processes each aligns the covariances of its own share of the batch: no mean over all images.
-
-    Args:
-        gamma: weight of the alignment.
     """
 
-    arch = "magerm_resnet18"
-    options = ("label_smoothing", "gamma")
+    @dataclass(frozen=True)
+    class Options(Task.Options):
+        coral_weight: float = option(1.0, "weight of the alignment", search=(0.1, 1e3, "log"), bounds=(0, 1e9))
 
-    def __init__(self, model, *, gamma: float = 1.0, **kwargs):
-        super().__init__(model, **kwargs)
-        if not gamma >= 0:
-            raise ValueError(f"gamma is a weight of at least 0, not {gamma}")
-        self.gamma = gamma
-        self.num_domains = 0
+    arch = "magerm_resnet18"
+    num_domains = 0
 
     def prepare(self, rows, fit, view, class_names, domain_names):
         self.num_domains = len(domain_names)
@@ -40,15 +38,10 @@ class CORAL(Task):
     def forward(self, input, target, domain, progress, player=0):
         if not self.num_domains:
             raise RuntimeError("CORAL does not know its domains yet: call its prepare() before training")
-        pooled = self.model.forward_head(self.model.forward_features(input), pre_logits=True)
-        output = self.model.get_classifier()(pooled)
+        output, pooled = embed(self.model, input)
         class_loss, coral_loss = self.class_loss(output, target), coral(pooled, domain, self.num_domains)
-        return {
-            "loss": class_loss + self.gamma * coral_loss,
-            "output": output,
-            "class_loss": class_loss.detach(),
-            "coral_loss": coral_loss.detach(),
-        }
+        parts = {"class_loss": class_loss.detach(), "coral_loss": coral_loss.detach()}
+        return {"loss": class_loss + self.options.coral_weight * coral_loss, "output": output, **parts}
 
 
 def coral(features: torch.Tensor, domain: torch.Tensor, num_domains: int) -> torch.Tensor:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 NOISE = 100
 _EMBEDDING = 16
-# Standard deviation of the generator's embedding at first, found on virtual slides at 32 px: at 1 the condition drowns
-# the noise and all patches of a class and domain become one; at 0.02, as all other weights, it is heard late.
-_LOUDNESS = 0.3
+# Initial standard deviation of the generator's embedding, chosen on virtual slides at 32 px: at 1 all patches of a
+# class and domain become one; at 0.02, as all other weights, the condition matters late.
+_EMBEDDING_STD = 0.3
 
 
 class _ClassDomainEmbedding(nn.Embedding):
@@ -34,11 +34,8 @@ class Generator(nn.Module):
     Args:
         num_classes: Classes.
         num_domains: Domains, such as magnifications.
-        size: Side of the square image in pixels, a power of two from 8; a doubling is one more block.
+        size: Side of the square image in pixels, a power of two from 8 (else ValueError); a doubling is one more block.
         width: Channels before the output layer, doubled in every block before.
-
-    Raises:
-        ValueError: If `size` is not a power of two from 8.
     """
 
     def __init__(self, num_classes: int, num_domains: int, *, size: int = 64, width: int = 64) -> None:
@@ -52,7 +49,7 @@ class Generator(nn.Module):
         layers += [nn.BatchNorm2d(width), nn.ReLU(), nn.ConvTranspose2d(width, 3, 4, 2, 1), nn.Tanh()]
         self.layers = nn.Sequential(*layers)
         self.layers.apply(_initialise)
-        nn.init.normal_(self.condition.weight, 0.0, _LOUDNESS)
+        nn.init.normal_(self.condition.weight, 0.0, _EMBEDDING_STD)
 
     def forward(self, noise: Tensor, target: Tensor, domain: Tensor) -> Tensor:
         """Images (b, 3, size, size) in [-1, 1] from noise (b, `NOISE`) in [-1, 1], classes (b,) and domains (b,)."""
@@ -70,17 +67,13 @@ class Discriminator(nn.Module):
 
     The condition enters by projection (Miyato & Koyama, "cGANs with Projection Discriminator", ICLR 2018): the output
     layer is linear in the last features, and every (class, domain) has weights of its own that are added to the
-    common ones. Of the ways to tell a discriminator, it is the one that follows from the form of the log density
-    ratio, and it leaves all published layers as they are.
+    common ones. It follows from the form of the log density ratio and leaves all published layers as they are.
 
     Args:
         num_classes: Classes.
         num_domains: Domains.
-        size: Side of the square image in pixels, a power of two from 8.
+        size: Side of the square image in pixels, as the generator's.
         width: Channels behind the input layer, doubled in every further block.
-
-    Raises:
-        ValueError: If `size` is not a power of two from 8.
     """
 
     def __init__(self, num_classes: int, num_domains: int, *, size: int = 64, width: int = 64) -> None:

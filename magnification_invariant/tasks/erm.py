@@ -1,8 +1,9 @@
 """Empirical risk minimisation (Vapnik 1998): the supervised baseline."""
 
-from magnification_invariant.tasks.task import Task
+from magnification_invariant.tasks.task import Task, register
 
 
+@register("erm")
 class ERM(Task):
     """Cross-entropy of the class, nothing else. `domain` and `progress` are not used."""
 

@@ -1,53 +1,55 @@
 """Regularised logistic regression on the features of a frozen pretrained network (a linear probe)."""
 
 import warnings
+from dataclasses import dataclass
 
 import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from magnification_invariant.tasks.task import Player, Task
+from magnification_invariant.models import linear_classifier, pooled_features
+from magnification_invariant.tasks.options import option
+from magnification_invariant.tasks.task import Player, Task, register
 
 
+@register("frozen")
 class Frozen(Task):
     """Multinomial logistic regression with an L2 penalty, on features of a backbone that is never trained::
 
-        L = CE(W z + b, y) + l2 / 2 ||W||^2
+        L = CE(W z + b, y) + head_l2 / 2 ||W||^2
 
     The backbone is in eval mode throughout: no dropout, and BatchNorm keeps its statistics. The regression goes through
     the same loop as every other method, with the same batches, augmentation, steps and average of weights, instead of
-    to convergence; its strength `l2` is chosen like the options of the others, by log-loss on validation patients.
+    to convergence. The run's weight decay is not applied beside the penalty.
 
     `create_model` loads the weights that timm has, so ``--model`` is a timm name, ``hf-hub:...`` or ``local-dir:...``.
 
-    Args:
-        l2: weight of the penalty; the run's weight decay is not applied beside it.
+    Raises:
+        ValueError: If the model's classifier is not one linear map, or its input is not normalised as ImageNet's.
     """
 
+    @dataclass(frozen=True)
+    class Options(Task.Options):
+        head_l2: float = option(1e-3, "L2 penalty of the classifier", search=(1e-4, 1.0, "log"), bounds=(0, 1e6))
+
     arch = "resnet18"
-    options = ("label_smoothing", "l2")
     pretrained = True
 
-    def __init__(self, model, *, l2: float = 1e-3, **kwargs):
-        super().__init__(model, **kwargs)
-        if not l2 >= 0:
-            raise ValueError(f"l2 is a weight of at least 0, not {l2}")
-        if not isinstance(model.get_classifier(), torch.nn.Linear):
-            raise ValueError(f"the classifier of {type(model).__name__} is not one linear map: choose another --model")
+    def __init__(self, model, options=None):
+        super().__init__(model, options)
+        head = linear_classifier(model)
         expected = {name: tuple(model.pretrained_cfg[name]) for name in ("mean", "std")}
         if expected != {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}:
             raise ValueError(f"images are normalised by ImageNet's mean and std here, and the model expects {expected}")
-        self.l2 = l2
         model.requires_grad_(False)
-        model.get_classifier().requires_grad_(True)
+        head.requires_grad_(True)
 
     @classmethod
     def create_model(cls, arch, *, num_classes, num_domains, **kwargs):
         known = ":" in arch or timm.models.is_model_pretrained(arch)
         if not known:
             warnings.warn(
-                f"timm has no weights for {arch}: its features are those of a random network unless "
-                "--pretrained-backbone gives some",
+                f"timm has no weights for {arch}: its features are those of a random network unless --init gives some",
                 stacklevel=2,
             )
         model = super().create_model(arch, num_classes=num_classes, num_domains=num_domains, pretrained=known, **kwargs)
@@ -66,12 +68,8 @@ class Frozen(Task):
     def forward(self, input, target, domain, progress, player=0):
         head = self.model.get_classifier()
         with torch.no_grad():
-            pooled = self.model.forward_head(self.model.forward_features(input), pre_logits=True)
+            pooled = pooled_features(self.model, input)
         output = head(pooled)
-        class_loss, penalty = self.class_loss(output, target), self.l2 / 2 * head.weight.square().sum()
-        return {
-            "loss": class_loss + penalty,
-            "output": output,
-            "class_loss": class_loss.detach(),
-            "penalty": penalty.detach(),
-        }
+        class_loss, penalty = self.class_loss(output, target), self.options.head_l2 / 2 * head.weight.square().sum()
+        parts = {"class_loss": class_loss.detach(), "penalty": penalty.detach()}
+        return {"loss": class_loss + penalty, "output": output, **parts}

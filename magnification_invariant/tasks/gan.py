@@ -1,17 +1,22 @@
 """Training with generated patches: a DCGAN as a task of two players, the method that uses it, and its control."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
 
 from magnification_invariant.tasks.dcgan import NOISE, Discriminator, Generator
 from magnification_invariant.tasks.erm import ERM
-from magnification_invariant.tasks.task import Player, Task
+from magnification_invariant.tasks.options import option
+from magnification_invariant.tasks.task import Player, Task, register
 
 # Radford et al. 2016, section 4: Adam with these settings at a constant rate, mini-batches of 128.
 ADAM = {"lr": 2e-4, "betas": (0.5, 0.999), "weight_decay": 0.0}
@@ -28,12 +33,7 @@ class DCGAN(Task):
 
     `model` is the generator. A batch is one turn of the discriminator and one of the generator; real and generated
     images pass the discriminator apart, so that its batch norm sees one kind at a time.
-
-    Args:
-        num_classes: classes.
-        num_domains: training domains.
-        size: side of its images in pixels, which `engine.fit` must feed it.
-        width: see `models.dcgan.Generator`.
+    The arguments are those of `dcgan.Generator`; `engine.fit` must feed it images of `size` pixels.
     """
 
     def __init__(self, num_classes: int, num_domains: int, *, size: int = 64, width: int = 64):
@@ -79,10 +79,13 @@ class _Signed(nn.Module):
         return (signed - self.shift) / self.scale
 
 
-class _Replacing(ERM):
-    """ERM that trains on something else in place of the first `fraction` of every batch.
+@register("degraded")
+class DegradedERM(ERM):
+    """The control of `MagGAN`: ERM with a part of every batch reduced to the generator's resolution and enlarged again.
 
-    Batches are in random order with the domains in turn, so the first images are a random, balanced choice.
+    What it gains or loses against ERM is owed to the missing detail, not to the generator. At inputs of `size` pixels
+    nothing is missing and it is ERM. Batches are in random order with the domains in turn, so the first `fraction` of
+    one is a random, balanced choice.
     """
 
     fraction = 0.25
@@ -90,7 +93,7 @@ class _Replacing(ERM):
 
     def replacement(self, input: Tensor, target: Tensor, domain: Tensor) -> Tensor:
         """What stands in for `input`, of the same classes, domains and shape, normalised."""
-        raise NotImplementedError
+        return _resize(_resize(input, self.size), input.shape[-1])
 
     def forward(self, input, target, domain, progress, player=0):
         k = round(self.fraction * len(input))
@@ -101,44 +104,30 @@ class _Replacing(ERM):
         return super().forward(input, target, domain, progress, player)
 
 
-class DegradedERM(_Replacing):
-    """The control of `MagGAN`: real patches reduced to the generator's resolution and enlarged again.
+@register("gan")
+class MagGAN(DegradedERM):
+    """ERM with part of every batch generated, by a DCGAN that has seen the same training rows and nothing else."""
 
-    What it gains or loses against ERM is owed to the missing detail, not to the generator. At inputs of `size` pixels
-    nothing is missing and it is ERM.
-    """
-
-    arch = "magerm_resnet18"
-
-    def replacement(self, input, target, domain):
-        return _resize(_resize(input, self.size), input.shape[-1])
-
-
-class MagGAN(_Replacing):
-    """ERM with part of every batch generated, by a DCGAN that has seen the same training rows and nothing else.
-
-    Args:
-        gan_epochs: of the DCGAN.
-    """
+    @dataclass(frozen=True)
+    class Options(ERM.Options):
+        gan_epochs: int = option(200, "passes of the DCGAN over the training rows", bounds=(1, 1e6))
 
     arch = "maggan_resnet18"
-    options = (*ERM.options, "gan_epochs")
     width = 64
 
-    def __init__(self, model, *, gan_epochs: int = 200, **kwargs):
-        super().__init__(model, **kwargs)
-        self.gan_epochs = gan_epochs
+    def __init__(self, model, options=None):
+        super().__init__(model, options)
         self.generator: Generator | None = None
         self.signed = _Signed()
 
     def prepare(self, rows, fit, view, class_names, domain_names):
         gan = DCGAN(len(class_names), len(domain_names), size=self.size, width=self.width)
-        generator = fit(gan, epochs=self.gan_epochs, image_size=self.size, **FIT)
-        self.generator = generator.requires_grad_(False)
-        steps = self.gan_epochs * -(-len(rows) // FIT["batch_size"])
-        record, sheet = examine(generator, rows, view, class_names, domain_names)
+        epochs = self.options.gan_epochs
+        self.generator = fit(gan, epochs=epochs, image_size=self.size, **FIT).requires_grad_(False)
+        record, samples = examine(self.generator, rows, view, class_names, domain_names)
+        steps = epochs * -(-len(rows) // FIT["batch_size"])
         record |= {"steps": steps, "images": steps * FIT["batch_size"]}
-        return {"gan": record}, {"gan_samples.png": sheet}
+        return {"gan": record}, {"gan_samples.png": samples}
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -165,64 +154,53 @@ def examine(
     domain_names: list[str],
     n: int = 64,
 ) -> tuple[dict, Image.Image]:
-    """Whether a generator has collapsed, and a contact sheet of real beside generated patches.
+    """Whether a generator has collapsed, and a picture of real beside generated patches.
 
     For every class and domain, at most `n` real patches and `n` generated ones are compared:
 
-    - *diversity*: their mean pairwise distance over that of the real ones; near 0 when the generator makes the same
-      patch again and again. Distances are Euclidean, between patches averaged to 8 x 8 pixels, so that pixel noise
-      does not pass for variety.
+    - *diversity*: mean pairwise distance over that of the real ones; near 0 where every patch is the same. Distances
+      are Euclidean, between patches averaged to 8 x 8 pixels, so that pixel noise does not pass for variety.
     - *colour shift*: distance of their mean colour from the real ones', in standard deviations of the real pixels
-      (root mean square over the channels); large when the generator has diverged.
+      (root mean square over the channels); large where the generator has diverged.
 
-    The generator has collapsed if, in any class and domain, the diversity is under `MIN_DIVERSITY` or the colour shift
-    over `MAX_COLOUR_SHIFT`. A class and domain of one image has no diversity; where none has, the check is not passed.
+    It has collapsed if, in any class and domain, the diversity is under `MIN_DIVERSITY` or the colour shift over
+    `MAX_COLOUR_SHIFT`. A class and domain of one image has no diversity; where none has, the check is not passed.
 
     Args:
-        generator: in eval mode.
-        rows, view, class_names, domain_names: see `Task.prepare`.
+        generator: In eval mode.
+        rows, view, class_names, domain_names: See `Task.prepare`.
+        n: Most patches of a kind.
 
     Returns:
-        ``collapsed``, ``diversity`` and ``colour_shift`` by class and domain, ``mpp`` of the generated patches by
-        domain (before zoom, where there is any); and the sheet: a row a class and domain, real left, generated right.
+        ``collapsed``, ``diversity`` and ``colour_shift`` by class and domain, ``mpp`` (um/px) of the generated patches
+        by domain, before zoom; and the picture, a row for each key of ``colour_shift``: eight real, eight generated.
     """
     device = next(generator.parameters()).device
-    stream = torch.Generator().manual_seed(0)  # the same noise for every class, and for a run taken up again
-    noise = (torch.rand(n, NOISE, generator=stream) * 2 - 1).to(device)
-    diversity, colour, mpp, shown = {}, {}, {}, {}
-    for d, domain_name in enumerate(domain_names):
-        for c, class_name in enumerate(class_names):
-            index = rows.index[(rows.target == c) & (rows.domain == d)]
-            if not len(index):
-                continue
-            name = f"{class_name} {domain_name}"
-            spread = np.linspace(0, len(index) - 1, min(n, len(index))).astype(int)  # tables are sorted by patient
-            real, scale = view(index[spread], generator.size)
-            fake = (generator(noise, *(torch.full((n,), v, device=device) for v in (c, d))) + 1) / 2
-            mpp[domain_name] = float(np.median(scale))
-            shown[name] = [(x.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).cpu().numpy() for x in (real, fake)]
-            if len(index) > 1:
-                apart = [torch.pdist(F.adaptive_avg_pool2d(x.float(), 8).flatten(1)).mean() for x in (real, fake)]
-                diversity[name] = float(apart[1] / apart[0].clamp(min=1e-6))
-            shift = (fake.mean((0, 2, 3)) - real.mean((0, 2, 3))) / real.std((0, 2, 3)).clamp(min=1e-6)
-            colour[name] = float(shift.square().mean().sqrt())
-    collapsed = min(diversity.values(), default=0.0) < MIN_DIVERSITY or max(colour.values()) > MAX_COLOUR_SHIFT
-    record = {"collapsed": collapsed, "diversity": diversity, "colour_shift": colour, "mpp": mpp}
-    return record, _contact_sheet(shown)
+    # The same noise for every class, and for a run taken up again.
+    noise = (torch.rand(n, NOISE, generator=torch.Generator().manual_seed(0)) * 2 - 1).to(device)
+    diversity, colour_shift, mpp, samples = {}, {}, {}, []
+    for (d, domain_name), (c, class_name) in product(enumerate(domain_names), enumerate(class_names)):
+        index = rows.index[(rows.target == c) & (rows.domain == d)]
+        if not len(index):
+            continue
+        name = f"{class_name} {domain_name}"
+        real, scale = view(_spread(index, min(n, len(index))), generator.size)  # tables are sorted by patient
+        fake = (generator(noise, *(torch.full((n,), value, device=device) for value in (c, d))) + 1) / 2
+        mpp[domain_name] = float(np.median(scale))
+        if len(index) > 1:
+            diversity[name] = _mean_distance(fake) / max(_mean_distance(real), 1e-6)
+        shift = (fake.mean((0, 2, 3)) - real.mean((0, 2, 3))) / real.std((0, 2, 3)).clamp(min=1e-6)
+        colour_shift[name] = float(shift.square().mean().sqrt())
+        samples += [_spread(images.cpu(), 8) for images in (real, fake)]
+    collapsed = min(diversity.values(), default=0.0) < MIN_DIVERSITY or max(colour_shift.values()) > MAX_COLOUR_SHIFT
+    record = {"collapsed": collapsed, "diversity": diversity, "colour_shift": colour_shift, "mpp": mpp}
+    return record, to_pil_image(make_grid(torch.cat(samples).clamp(0, 1), nrow=16, pad_value=1))
 
 
-def _contact_sheet(shown: dict[str, list[np.ndarray]], n: int = 8, label: int = 110) -> Image.Image:
-    """A row a name: `n` of the first array's images (m, size, size, 3), a gap, and `n` of the second's."""
-    size = next(iter(shown.values()))[1].shape[1]
-    step = size + 2
-    sheet = Image.new("RGB", (label + (2 * n + 1) * step, 16 + len(shown) * step), "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.text((label, 2), "real", "black")
-    draw.text((label + (n + 1) * step, 2), "generated", "black")
-    for y, (name, arrays) in enumerate(shown.items()):
-        draw.text((2, 16 + y * step + size // 2 - 6), name, "black")
-        for half, images in enumerate(arrays):
-            chosen = np.linspace(0, len(images) - 1, min(n, len(images))).astype(int)
-            for x, image in enumerate(images[chosen]):
-                sheet.paste(Image.fromarray(image), (label + (half * (n + 1) + x) * step, 16 + y * step))
-    return sheet
+def _spread(items, n: int):
+    """`n` of an array's or tensor's items, evenly spread over it; some several times where there are fewer."""
+    return items[np.linspace(0, len(items) - 1, n).astype(int)]
+
+
+def _mean_distance(images: Tensor) -> float:
+    return float(torch.pdist(F.adaptive_avg_pool2d(images.float(), 8).flatten(1)).mean())

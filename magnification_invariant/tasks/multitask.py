@@ -1,8 +1,10 @@
 """Predicting the magnification as a second task (Caruana, "Multitask Learning", Machine Learning 28, 1997)."""
 
 from magnification_invariant.tasks.dann import DANN
+from magnification_invariant.tasks.task import register
 
 
+@register("multitask")
 class MultiTask(DANN):
     """The opposite control of `DANN`: the same head, loss, schedule and coefficient, and no reversal.
 
@@ -11,5 +13,5 @@ class MultiTask(DANN):
     the coefficient of a reversal.
     """
 
-    def _coefficient(self, pooled, target, domain, progress):
-        return -super()._coefficient(pooled, target, domain, progress)
+    def coefficient(self, pooled, target, domain, progress):
+        return -super().coefficient(pooled, target, domain, progress)

@@ -1,11 +1,17 @@
-"""What a method is: a model and a loss."""
+"""What a method is: a model and a loss; and the registry of methods."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
 
 import timm
-import torch
-from torch import nn
+from torch import Tensor, nn
+
+from magnification_invariant.tasks.options import check_options, option
+
+TASKS: dict[str, type["Task"]] = {}
+"""Methods by name, entered by `register`."""
 
 
 @dataclass
@@ -13,10 +19,10 @@ class Player:
     """A set of parameters with its own optimizer; most methods have one, adversaries in alternation have two.
 
     Attributes:
-        name: for the log and the checkpoint.
-        parameters: groups of parameters; gradients are clipped a group, so that one group never scales another's.
-        steps: optimizer steps a turn.
-        options: optimizer settings that differ from the run's, e.g. ``{"betas": (0.5, 0.999)}``.
+        name: For the log and the checkpoint.
+        parameters: Groups of parameters; gradients are clipped a group, so that one group never scales another's.
+        steps: Optimizer steps a turn.
+        options: Optimizer settings that differ from the run's, e.g. ``{"betas": (0.5, 0.999)}``.
     """
 
     name: str
@@ -28,29 +34,49 @@ class Player:
 class Task(nn.Module):
     """A method: `model`, and a `forward` that gives the loss of a batch. `engine.fit` knows nothing more of it.
 
-    A method is one file with one subclass, which defines `arch` (the timm model it trains by default), where needed
-    `create_model` and `players`, and `forward`.
+    A method is one file with one subclass, which defines `arch` (the timm model it trains by default), `forward`, and
+    where needed `Options`, `create_model`, `players` and `prepare`.
 
     Args:
-        model: a timm classifier, e.g. from `create_model`.
-        label_smoothing: of the class cross-entropy.
+        model: A timm classifier, e.g. from `create_model`.
+        options: Of the class's `Options`; the defaults without.
     """
 
+    @dataclass(frozen=True)
+    class Options:
+        """What a user may set; a subclass extends its parent's."""
+
+        label_smoothing: float = option(
+            0.0, "share of the target spread over all classes", search=(0.0, 0.05, 0.1), bounds=(0, 1)
+        )
+        __post_init__ = check_options
+
     arch = ""
-    options: tuple[str, ...] = ("label_smoothing",)  # of the constructor: what a user may set
     pretrained = False  # whether `create_model` loads weights
 
-    def __init__(self, model: nn.Module, *, label_smoothing: float = 0.0):
+    def __init__(self, model: nn.Module, options: Any = None):
         super().__init__()
         self.model = model
-        self.class_loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+        self.options = self.Options() if options is None else options
+        self.class_loss = nn.CrossEntropyLoss(label_smoothing=self.options.label_smoothing)
 
     @classmethod
-    def create_model(cls, arch: str, *, num_classes: int, num_domains: int, **kwargs) -> nn.Module:
-        """The model this method trains: `num_classes` class logits; any timm classifier, without a domain head."""
-        if timm.models.is_model_in_modules(arch, ["magdg"]):
-            kwargs["num_domains"] = 0
-        return timm.create_model(arch, num_classes=num_classes, **kwargs)
+    def create_model(
+        cls, arch: str, *, num_classes: int, num_domains: int, image_size: int | None = None, **kwargs
+    ) -> nn.Module:
+        """The model this method trains, with what it needs for `num_domains` training domains.
+
+        Args:
+            arch: Any timm classifier: a name, ``hf-hub:...`` or ``local-dir:...``.
+            num_classes: Class logits.
+            num_domains: Training domains; of no concern to methods without a domain head.
+            image_size: Side of the input in pixels; networks that are made for one size, such as ViTs, need it.
+            **kwargs: Of `timm.create_model`.
+        """
+        model = timm.create_model(arch, num_classes=num_classes, **kwargs)
+        if image_size and hasattr(model, "set_input_size"):
+            model.set_input_size(img_size=(image_size, image_size))
+        return model
 
     @property
     def players(self) -> list[Player]:
@@ -62,13 +88,13 @@ class Task(nn.Module):
         """What must be trained before this task can be; nothing by default. Called on every process, also on resume.
 
         Args:
-            rows: the training rows, an `engine.TrainRows`.
+            rows: The training rows, an `engine.TrainRows`.
             fit: ``fit(task, **changes)`` trains another task on the same rows, with `changes` to the run's
                 `engine.FitConfig`, and returns the model that predicts. It has a checkpoint of its own.
             view: ``view(index, size)`` gives images (n, 3, size, size) in [0, 1] of rows of the cache, augmented as in
                 training, on the device, and their um/px (n,) before zoom.
-            class_names: by class.
-            domain_names: by training domain.
+            class_names: By class.
+            domain_names: By training domain.
 
         Returns:
             What belongs into the records, and pictures (`PIL.Image.Image`) by file name.
@@ -76,16 +102,16 @@ class Task(nn.Module):
         return {}, {}
 
     def forward(
-        self, input: torch.Tensor, target: torch.Tensor, domain: torch.Tensor, progress: torch.Tensor, player: int = 0
-    ) -> dict[str, torch.Tensor]:
+        self, input: Tensor, target: Tensor, domain: Tensor, progress: Tensor, player: int = 0
+    ) -> dict[str, Tensor]:
         """Loss of a batch.
 
         Args:
-            input: normalised images (b, 3, size, size).
-            target: classes (b,), int64.
-            domain: training domains (b,), int64 in [0, num_domains).
-            progress: share of the training done, 0-d in [0, 1).
-            player: whose turn it is.
+            input: Normalised images (b, 3, size, size).
+            target: Classes (b,), int64.
+            domain: Training domains (b,), int64 in [0, num_domains).
+            progress: Share of the training done, 0-d in [0, 1).
+            player: Whose turn it is.
 
         Returns:
             ``loss`` (to be minimised by the player), ``output`` (class logits) and the loss's parts, 0-d, detached.
@@ -93,7 +119,31 @@ class Task(nn.Module):
         raise NotImplementedError
 
 
-def parameters_except(model: nn.Module, head: nn.Module) -> Iterable[nn.Parameter]:
-    """The parameters of `model` outside `head`, in the model's order."""
-    inside = {id(p) for p in head.parameters()}
-    return [p for p in model.parameters() if id(p) not in inside]
+def register(name: str) -> Callable[[type[Task]], type[Task]]:
+    """Class decorator: enters a method into `TASKS` under the name that users type."""
+
+    def enter(task: type[Task]) -> type[Task]:
+        TASKS[name] = task
+        return task
+
+    return enter
+
+
+def get_task(name: str) -> type[Task]:
+    """The class of a method: a name of `TASKS`, or ``module:Class`` for one of your own.
+
+    Raises:
+        ValueError: There is no such method, or it is not a `Task`.
+    """
+    if name in TASKS:
+        return TASKS[name]
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        raise ValueError(f"unknown method {name!r}: choose from {', '.join(TASKS)}, or give one as module:Class")
+    try:
+        task = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"cannot import the method {name!r}: {error}") from error
+    if not (isinstance(task, type) and issubclass(task, Task)):
+        raise ValueError(f"{name!r} is not a subclass of magnification_invariant.tasks.Task")
+    return task

@@ -1,5 +1,21 @@
-"""Virtual slides: procedural H&E in micrometres."""
+"""Virtual slides: procedural H&E in micrometres. They teach and test software; they are no evidence about patients."""
 
-from magnification_invariant.virtual_slides.dataset import load_virtual_slides
+from .dataset import GENERATOR_VERSION, SIDECAR, Cohort, draw_slides
+from .drawing import render_field, virtual_field
+from .optics import Optics, native_mpp, virtual_optics
+from .tissue import YEAR, Patient, virtual_patient
 
-__all__ = ["load_virtual_slides"]
+__all__ = [
+    "GENERATOR_VERSION",
+    "SIDECAR",
+    "YEAR",
+    "Cohort",
+    "Optics",
+    "Patient",
+    "draw_slides",
+    "native_mpp",
+    "render_field",
+    "virtual_field",
+    "virtual_optics",
+    "virtual_patient",
+]

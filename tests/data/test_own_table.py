@@ -3,9 +3,11 @@
 import csv
 import io
 import json
+import os
 import re
 import shlex
 import shutil
+import warnings
 from pathlib import Path
 
 import datasets
@@ -87,6 +89,21 @@ def image_folder(slides, folder):
     return folder, NAMES | {"image_column": "image"}
 
 
+def csv_files(slides, folder):
+    """A folder with nothing but tables, in two parts; the images are elsewhere."""
+    folder.mkdir()
+    rows = [row | {"picture": str(slides / row["picture"])} for row in read_csv(slides / "table.csv")]
+    write_csv(folder / "a.csv", rows[:10])
+    write_csv(folder / "b.csv", rows[10:])
+    return folder, NAMES
+
+
+def json_lines(slides, folder):
+    rows = [row | {"case": int(row["case"])} for row in read_csv(slides / "table.csv")]
+    (slides / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return slides / "t.jsonl", NAMES
+
+
 def parquet_file(slides, folder):
     folder.mkdir()
     ds = datasets.Dataset.from_csv(str(slides / "table.csv"))
@@ -94,19 +111,6 @@ def parquet_file(slides, folder):
     ds = ds.remove_columns("picture").add_column("picture", encoded)
     ds.cast_column("picture", datasets.Image()).to_parquet(folder / "t.parquet")
     return folder / "t.parquet", NAMES
-
-
-def stream(slides, folder):
-    path, names = parquet_file(slides, folder)
-    return datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True), names
-
-
-def stream_of_bytes(slides, folder):
-    def rows():
-        for row in read_csv(slides / "table.csv"):
-            yield row | {"picture": (slides / row["picture"]).read_bytes()}
-
-    return datasets.IterableDataset.from_generator(rows), NAMES
 
 
 def dataset_with_splits(slides, folder):
@@ -119,20 +123,15 @@ def dataset_with_splits(slides, folder):
     return folder, names
 
 
-@pytest.mark.parametrize("make", [image_folder, parquet_file, stream, stream_of_bytes, dataset_with_splits])
+@pytest.mark.parametrize("make", [image_folder, csv_files, json_lines, parquet_file, dataset_with_splits])
 @pytest.mark.filterwarnings("ignore:micrometres")
 def test_every_source_gives_equal_rows_and_pixels(slides, table, tmp_path, make):
     source, names = make(slides, tmp_path / "source")
     other = load_table(source, **names)
-    order = range(24)
-    if make is image_folder:  # imagefolder goes by the files' names
-        order = np.argsort(table["filename"][:])
-        assert other["filename"][:] == sorted(table["filename"][:])
     for name in ("label", "domain", "patient"):
-        assert other[name][:] == [table[name][int(i)] for i in order], name
-    expected = pixels(table)
-    assert pixels(other) == [expected[i] for i in order]
-    assert other.features["label"] == table.features["label"]
+        assert other[name][:] == table[name][:], name
+    assert pixels(other) == pixels(table)
+    assert other.features == table.features
 
 
 @pytest.mark.filterwarnings("ignore:micrometres")
@@ -149,14 +148,11 @@ def test_a_changed_file_gives_no_stale_rows(slides, tmp_path):
 
 def test_scales_come_from_the_column_or_from_the_files(slides, tmp_path):
     rows = read_csv(slides / "table.csv")
-    write_csv(slides / "scaled.csv", [row | {"mpp": 0.25 if i % 2 else ""} for i, row in enumerate(rows)])
+    written = ["0.25", "", "NaN", "2.5e-1"]
+    write_csv(slides / "scaled.csv", [row | {"mpp": written[i % 4]} for i, row in enumerate(rows)])
     with pytest.warns(UserWarning, match="not known of 12 of 24"):
         ds = load_table(slides / "scaled.csv", **NAMES)
-    assert ds["mpp"][1] == 0.25 and np.isnan(ds["mpp"][0])
-    write_csv(slides / "scaled.csv", [row | {"mpp": 0.0} for row in rows])
-    with pytest.raises(ValueError, match=r"'mpp'.* is 0\.0 in row 0"):
-        load_table(slides / "scaled.csv", **NAMES)
-
+    np.testing.assert_equal(ds["mpp"][:4], [0.25, np.nan, np.nan, 0.25])
     tiffs = []
     for row in rows:
         buffer = io.BytesIO()  # 40,000 pixels a centimetre
@@ -166,11 +162,96 @@ def test_scales_come_from_the_column_or_from_the_files(slides, tmp_path):
     assert np.allclose(ds["mpp"], 0.25)
 
 
+@pytest.mark.parametrize("value", ["inf", "-inf", "0", "-0.5", "0.019", "20.1", "0,25", "fine"])
+def test_a_scale_that_cannot_be_is_named(slides, value):
+    rows = read_csv(slides / "table.csv")
+    write_csv(slides / "scaled.csv", [row | {"mpp": value if i in (3, 8) else "0.25"} for i, row in enumerate(rows)])
+    message = rf"scaled\.csv: Column 'mpp' .* 2 values that cannot be \('{re.escape(value)}' in row 3, '.*' in row 8"
+    with pytest.raises(ValueError, match=message):
+        load_table(slides / "scaled.csv", **NAMES)
+
+
+WRITTEN = ["007", "7", "1E5", "100000.0", "1.10", "1.1", "31415926535897932384", "31415926535897932385", "NA", "TRUE"]
+WRITTEN += ["2020-01-01", "a b", "ä"]
+
+
+def with_ids(slides, path, texts):
+    """The table with other patients and scanners, in the text that the file has."""
+    header, *lines = (slides / "table.csv").read_text().splitlines()
+    assert header == "picture,diagnosis,scanner,case"
+    rows = [line.split(",") for line in lines]
+    lines = [f"{p},{d},{texts[i % len(texts)]},{texts[i % len(texts)]}" for i, (p, d, _, _) in enumerate(rows)]
+    path.write_text("\n".join([header, *lines]), encoding="utf-8")
+
+
+@pytest.mark.filterwarnings("ignore:micrometres")
+@pytest.mark.parametrize("kind", ["file", "metadata"])
+def test_ids_are_what_the_table_has_as_written(slides, tmp_path, kind):
+    if kind == "file":
+        source, names = slides / "written.csv", NAMES
+        with_ids(slides, source, WRITTEN)
+    else:
+        source, names = image_folder(slides, tmp_path / "copy")
+        with_ids(slides, source / "metadata.csv", WRITTEN)
+        text = (source / "metadata.csv").read_text(encoding="utf-8")
+        (source / "metadata.csv").write_text("\ufeff" + text.replace("picture", "file_name", 1), encoding="utf-8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", "micrometres")
+        ds = load_table(source, **names)
+    expected = [WRITTEN[i % len(WRITTEN)] for i in range(24)]
+    assert ds["patient"][:] == ds["domain"][:] == ds["slide"][:] == expected
+
+
+@pytest.mark.filterwarnings("ignore:micrometres")
+def test_numbers_of_typed_tables_are_written_as_they_are(slides, tmp_path):
+    rows = [row | {"picture": str(slides / row["picture"])} for row in read_csv(slides / "table.csv")]
+    case, scale = [31415926535897932384 + i for i in range(24)], [1234567.0 + i % 2 for i in range(24)]
+    rows = [row | {"case": case[i], "scanner": scale[i]} for i, row in enumerate(rows)]
+    (tmp_path / "t.json").write_text(json.dumps(rows))
+    ds = load_table(tmp_path / "t.json", **NAMES)
+    assert ds["patient"][:] == list(map(str, case)) and set(ds["domain"]) == {"1234567.0", "1234568.0"}
+    columns = {name: [row[name] for row in rows] for name in rows[0]} | {"case": [10**18 + i for i in range(24)]}
+    datasets.Dataset.from_dict(columns).to_parquet(tmp_path / "t.parquet")
+    other = load_table(tmp_path / "t.parquet", **NAMES)
+    assert other["patient"][1] == "1000000000000000001" and other["domain"][:] == ds["domain"][:]
+
+
+@pytest.mark.filterwarnings("ignore:micrometres")
+def test_blanks_at_the_ends_are_cut_off_and_said(slides, tmp_path):
+    with_ids(slides, slides / "blanks.csv", ["a", " a", "a ", "b\u00a0", "A"])
+    with pytest.warns(UserWarning) as said:
+        ds = load_table(slides / "blanks.csv", **NAMES)
+    assert set(ds["domain"]) == {"a", "b", "A"}
+    said = [str(warning.message) for warning in said if "blanks" in str(warning.message)]
+    assert sorted(message.split("'")[1] for message in said) == ["case", "scanner"]
+    assert all("15 values (the first is ' a', row 1" in message for message in said)
+
+
+@pytest.mark.filterwarnings("ignore:micrometres")
+def test_a_picture_under_two_patients_is_said(slides, tmp_path):
+    folder, names = image_folder(slides, tmp_path / "copy")
+    shutil.copy(folder / "case0" / "0.png", folder / "case0" / "1.png")  # of one patient: no leak
+    shutil.copy(folder / "case2" / "1.png", folder / "case5" / "2.png")
+    with pytest.warns(UserWarning, match="1 pictures are there under more than one patient") as said:
+        load_table(folder, **names)
+    shown = next(str(warning.message) for warning in said if "pictures" in str(warning.message))
+    assert "case2/1.png (patient 2) = case5/2.png (patient 5)" in shown
+
+
+@pytest.mark.filterwarnings("ignore:micrometres")
+def test_numbers_as_labels_are_in_their_order(slides):
+    text = (slides / "table.csv").read_text().replace("benign", "9").replace("cancer", "10")
+    (slides / "numbers.csv").write_text(text)
+    ds = load_table(slides / "numbers.csv", **NAMES)
+    assert ds.features["label"].names == ["9", "10"] and ds["label"][:6] == [0, 0, 0, 1, 1, 1]
+
+
 def test_a_number_can_be_the_domain(slides, tmp_path):
     rows = read_csv(slides / "table.csv")
-    write_csv(slides / "numbers.csv", [row | {"mpp": (0.25, 0.5, 1.0)[i % 3]} for i, row in enumerate(rows)])
+    write_csv(slides / "numbers.csv", [row | {"mpp": ("0.25", "0.50", "1")[i % 3]} for i, row in enumerate(rows)])
     ds = load_table(slides / "numbers.csv", **NAMES | {"domain_column": "mpp"})
-    assert ds["domain"][:3] == ["0.25", "0.5", "1"] and ds["mpp"][:3] == [0.25, 0.5, 1.0]
+    assert ds["domain"][:3] == ["0.25", "0.50", "1"] and ds["mpp"][:3] == [0.25, 0.5, 1.0]
 
 
 def change(rows, **changed):
@@ -180,13 +261,12 @@ def change(rows, **changed):
 @pytest.mark.parametrize(
     "changed, names, message",
     [
-        ({}, {"label_column": "tumour"}, r"--label-column 'tumour'; its columns are 'picture', 'diagnosis'"),
+        ({}, {"label_column": "tumour"}, r"--label-column 'tumour'; the columns are 'picture', 'diagnosis'"),
         ({}, {"domain_column": "site", "group_column": "who"}, r"--domain-column 'site', --group-column 'who'"),
         ({"diagnosis": lambda i, row: "" if i == 3 else row["diagnosis"]}, {}, r"'diagnosis' has no value in 1 rows"),
-        ({"case": lambda i, row: "" if i < 2 else row["case"]}, {}, r"'case' has no value in 2 rows \(0, 1\)"),
+        ({"case": lambda i, row: " " if i < 2 else row["case"]}, {}, r"'case' has no value in 2 rows \(0, 1\)"),
         ({"diagnosis": lambda i, row: "ABC"[i % 3]}, {}, r"'diagnosis' has 3 classes \('A', 'B', 'C'\)"),
         ({"picture": lambda i, row: row["picture"] + "x" * (i == 5)}, {}, r"1 images are not where.*case1/2\.pngx"),
-        ({"mpp": lambda i, row: "fine"}, {}, r"'mpp' holds no numbers"),
     ],
 )
 def test_what_is_wrong_with_a_table_is_said(slides, tmp_path, changed, names, message):
@@ -196,26 +276,58 @@ def test_what_is_wrong_with_a_table_is_said(slides, tmp_path, changed, names, me
         load_table(tmp_path / "table.csv", **NAMES | names)
 
 
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "is empty; a line with the names"),
+        (b"picture,diagnosis,scanner,case\n\n", "has no rows, only the names of the columns: picture, diagnosis"),
+        (b"picture;diagnosis;scanner;case\na.png;x;y;1\n", "is separated by semicolons; save it with commas"),
+        (b"picture,diagnosis,scanner,case\na.png,x,M\xfcnchen,1\n", r"is not UTF-8 \(line 2: b'\\xfc'\); save it"),
+        (b"picture,diagnosis,scanner,case\na.png,x,y,1\nb.png,x,Aachen, West,1\n", "line 3: 5 values for 4 columns"),
+        (b"picture,diagnosis,case,case\na.png,x,y,1\n", "several columns named 'case'"),
+    ],
+)
+@pytest.mark.parametrize("name", ["table.csv", "metadata.csv"])
+def test_what_is_wrong_with_a_csv_is_said(tmp_path, content, message, name):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}.* {message}"):
+        load_table(tmp_path / name if name == "table.csv" else tmp_path, **NAMES)
+
+
+@pytest.mark.filterwarnings("ignore:micrometres")
+def test_a_folder_with_metadata(slides, tmp_path):
+    folder, names = image_folder(slides, tmp_path / "copy")
+    shutil.copy(folder / "case0" / "0.png", folder / "more.png")
+    shutil.copy(folder / "case0" / "0.png", folder / "._more.png")
+    with pytest.warns(UserWarning, match=r"1 images are in no table and are left out; the first: .*copy/more\.png"):
+        assert len(load_table(folder, **names)) == 24
+    shutil.copy(folder / "more.png", os.fsencode(folder) + b"/f\xe4.png")
+    with pytest.raises(ValueError, match=r"f\\xe4\.png is not UTF-8; rename it"):
+        load_table(folder, **names)
+
+
 def test_sources_that_are_none(tmp_path):
     (tmp_path / "a.xlsx").touch()
     with pytest.raises(ValueError, match=r"tables are \.csv"):
         load_table(tmp_path / "a.xlsx", **NAMES)
-    with pytest.raises(FileNotFoundError, match="not a folder, nor a file"):
+    with pytest.raises(FileNotFoundError, match=r"absent\.csv is not a folder, nor a file"):
         load_table(tmp_path / "absent.csv", **NAMES)
     (tmp_path / "b.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(ValueError, match=r"b\.parquet cannot be read"):
         load_table(tmp_path / "b.parquet", **NAMES)
-    unlabelled = datasets.Dataset.from_dict(
-        {"image": [b"", b""], "label": [0, -1], "d": [1, 2], "g": [1, 2]},
-        datasets.Features(
-            image=datasets.Value("binary"),
-            label=datasets.ClassLabel(names=["a", "b"]),
-            d=datasets.Value("int64"),
-            g=datasets.Value("int64"),
-        ),
-    )
-    with pytest.raises(ValueError, match=r"cannot read the image|no class \(-1\) in 1 rows"):
+    (tmp_path / "c.json").write_text('{"picture": "a.png"}')
+    with pytest.raises(ValueError, match=r"c\.json holds no list of objects"):
+        load_table(tmp_path / "c.json", **NAMES)
+    text = datasets.Value("string")
+    kinds = {"image": datasets.Value("binary"), "label": datasets.ClassLabel(names=["a", "b"]), "d": text, "g": text}
+    unlabelled = {"image": [b"", b""], "label": [0, -1], "d": ["1", "2"], "g": ["1", "2"]}
+    unlabelled = datasets.Dataset.from_dict(unlabelled, datasets.Features(kinds))
+    with pytest.raises(ValueError, match=r"the table: Column 'label' has no class \(-1\) in 1 rows"):
         load_table(unlabelled, domain_column="d", group_column="g")
+    with pytest.raises(ValueError, match="cannot read the image"):
+        load_table(unlabelled, domain_column="d", group_column="g", label_column="d")
+    with pytest.raises(ValueError, match="'d' holds no images|not where the table says"):
+        load_table(unlabelled.map(lambda row: {"d": 1.5}), domain_column="g", group_column="g", image_column="d")
 
 
 @pytest.mark.filterwarnings("ignore:micrometres")

@@ -10,7 +10,8 @@ from PIL import Image as PILImage
 
 from magnification_invariant.data import pixels as pixels_module
 from magnification_invariant.data.breakhis import load_breakhis
-from magnification_invariant.data.pixels import PixelCache
+from magnification_invariant.data.pixels import PixelCache, ViewCache, decoded_views
+from magnification_invariant.data.views import show, tiles, view_mpp
 
 
 def table(images, mpp=1.0):
@@ -110,6 +111,20 @@ def test_two_processes_share_one_cache(tmp_path):
     assert len([p for p in (tmp_path / "cache").iterdir() if p.is_dir()]) == 1
 
 
+def test_views_are_those_of_the_road_for_every_shape(tmp_path):
+    """Mixed sizes and aspect ratios: each image has the tiles of its own protocol view, and its scale."""
+    images = [picture(70, 46), picture(40, 100, 1), picture(30, 28, 2), picture(32, 32, 3)]
+    cache = ViewCache(table(images, mpp=0.5), 32, folder=tmp_path)
+    for i, (image, pieces) in enumerate(zip(images, cache.views(np.arange(4)), strict=True)):
+        mpp = float(view_mpp("protocol", 0.5, min(image.size), 32))
+        view = show(image, 0.5, mpp, 32)
+        assert np.array_equal(pieces, tiles(view.pixels, 32))
+        assert cache.mpp[i] == mpp and cache.filled[i] == pytest.approx(view.filled)
+    assert np.diff(cache.starts).tolist() == [2, 3, 1, 1] and cache.filled[2] == pytest.approx(1 - 30 * 28 / 32**2)
+    decoded = list(decoded_views(table(images, mpp=0.5), np.array([2, 0]), np.array([0.5, 0.5]), 32))
+    assert np.array_equal(decoded[0].tiles, next(cache.views([2]))) and len(decoded[1].tiles) == 6
+
+
 def files_of(cache):
     return cache.folder / "pixels.npy", cache.folder / "rows.npy"
 
@@ -124,19 +139,19 @@ def many(tmp_path):
 
 
 def count_decoded(monkeypatch):
-    decoded, decode = [], pixels_module._decode
+    decoded, decode = [], pixels_module._decoded
 
     def counting(encoded, *arguments):
         decoded.append(encoded[0])
         return decode(encoded, *arguments)
 
-    monkeypatch.setattr(pixels_module, "_decode", counting)
+    monkeypatch.setattr(pixels_module, "_decoded", counting)
     return decoded
 
 
 def test_a_cut_build_goes_on(many, tmp_path, monkeypatch):
     ds, wanted = many
-    decode = pixels_module._decode
+    decode = pixels_module._decoded
 
     def interrupted(encoded, *arguments):
         if encoded[0].endswith(("/20.png", "/25.png")):
@@ -144,7 +159,7 @@ def test_a_cut_build_goes_on(many, tmp_path, monkeypatch):
         return decode(encoded, *arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pixels_module, "_decode", interrupted)
+        patch.setattr(pixels_module, "_decoded", interrupted)
         PixelCache(ds, 20, folder=tmp_path / "cache")
     unfinished = next((tmp_path / "cache").glob("*.tmp"))
     done = np.load(unfinished / "rows.npy")[:, 0] != 0
@@ -172,8 +187,8 @@ def test_a_killed_build_goes_on(many, tmp_path):
 
 
 def _die_at_row_20(folder, ds):
-    decode = pixels_module._decode
-    pixels_module._decode = lambda e, *a: os._exit(9) if e[0].endswith("/20.png") else decode(e, *a)
+    decode = pixels_module._decoded
+    pixels_module._decoded = lambda e, *a: os._exit(9) if e[0].endswith("/20.png") else decode(e, *a)
     PixelCache(ds, 20, folder=folder)
 
 
@@ -187,7 +202,7 @@ def wrong_side(pixels, rows):
 
 HARMS = {
     "pixel": (flip_pixel, 1),
-    "short side": (wrong_side, 1),
+    "size": (wrong_side, 1),
     "cut": (lambda pixels, rows: os.truncate(pixels, 5000), 28),
     "empty": (lambda pixels, rows: os.truncate(rows, 0), 30),
     "header": (lambda pixels, rows: pixels.write_bytes(b"\x93NUMPY\x01\x00v\x00{'" + bytes(1000)), 30),

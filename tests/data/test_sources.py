@@ -1,12 +1,14 @@
-"""BreaKHis from wherever it lies: the same rows and the same pixels, and never stale ones."""
+"""BreaKHis from wherever it lies: the same rows and pixels, never stale ones, and no archive that does harm."""
 
 import gzip
 import http.server
 import io
 import os
 import shutil
+import struct
 import tarfile
 import threading
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -15,11 +17,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from magnification_invariant.data import archives
+from magnification_invariant.data.archives import LIMIT
 from magnification_invariant.data.breakhis import features, load_breakhis, name_fields
-from magnification_invariant.data.breakhis_builder import BreaKHis
+from magnification_invariant.data.images import image_files
 from magnification_invariant.data.parquet import to_parquet
 from magnification_invariant.data.published import slides
+from magnification_invariant.files import cache_root
 
 
 @pytest.fixture(scope="module")
@@ -57,37 +60,25 @@ def url_of(archive_of, monkeypatch):
 
 def assert_same(ds, expected):
     assert list(ds.features) == list(expected.features) and ds.features == expected.features
-    rows = list(ds)
-    if isinstance(ds, datasets.IterableDataset):
-        rows.sort(key=lambda row: row["filename"])
-    assert len(rows) == len(expected)
-    for row, wanted in zip(rows, expected, strict=True):
+    assert len(ds) == len(expected)
+    for row, wanted in zip(ds, expected, strict=True):
         assert np.array_equal(np.asarray(row.pop("image")), np.asarray(wanted.pop("image")))
         assert row == wanted
 
 
 @pytest.mark.parametrize("name", ["b.tar.gz", "b.tar", "b.zip"])
-@pytest.mark.parametrize("streaming", [False, True])
-def test_an_archive_is_the_folder(archive_of, breakhis_tree, name, streaming):
-    assert_same(load_breakhis(archive_of / name, streaming=streaming), load_breakhis(breakhis_tree))
+def test_an_archive_is_the_folder(archive_of, breakhis_tree, name):
+    assert_same(load_breakhis(archive_of / name), load_breakhis(breakhis_tree))
 
 
 @pytest.mark.parametrize("name", ["b.tar.gz", "b.zip"])
-@pytest.mark.parametrize("streaming", [False, True])
-def test_a_url_is_the_folder(url_of, breakhis_tree, name, streaming):
-    assert_same(load_breakhis(url_of(name), streaming=streaming), load_breakhis(breakhis_tree))
+def test_a_url_is_the_folder(url_of, breakhis_tree, name):
+    assert_same(load_breakhis(url_of(name)), load_breakhis(breakhis_tree))
 
 
-def test_a_folder_is_streamed(breakhis_tree):
-    stream = load_breakhis(breakhis_tree, streaming=True)
-    assert stream.num_shards == 9  # slides
-    assert_same(stream, load_breakhis(breakhis_tree))
-
-
-@pytest.mark.parametrize("name", ["b.tar.gz", "b.zip"])
-def test_processes_share_the_work(archive_of, breakhis_tree, tmp_path, name):
-    shutil.copy(archive_of / name, tmp_path)  # a source that no cache knows
-    assert_same(load_breakhis(tmp_path / name, num_proc=2), load_breakhis(breakhis_tree))
+def test_a_url_that_is_not_there(url_of):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.zip"):
+        load_breakhis(url_of("nothing.zip"))
 
 
 def test_parquet_is_the_folder(breakhis_tree, tmp_path):
@@ -96,14 +87,24 @@ def test_parquet_is_the_folder(breakhis_tree, tmp_path):
     assert [path.name for path in shards] == ["train-00000-of-00001.parquet"]
     for source in (tmp_path, shards[0]):
         assert_same(load_breakhis(source), ds)
-    assert_same(load_breakhis(tmp_path, streaming=True), ds)
     assert_same(datasets.load_dataset(str(tmp_path), split="train"), ds)  # as the card says
     # An older export is replaced; that images were resampled is not forgotten.
     rescaled = ds.select(range(20)).add_column("rescaled", [True] * 20)
     (shard,) = to_parquet(rescaled, tmp_path)
     assert list((tmp_path / "data").iterdir()) == [shard]
     assert_same(load_breakhis(tmp_path), rescaled)
-    assert_same(load_breakhis(tmp_path, streaming=True), rescaled)
+    (tmp_path / "data" / "mine.txt").touch()
+    with pytest.raises(FileExistsError, match=r"mine\.txt"):
+        to_parquet(ds, tmp_path)
+    assert shard.is_file()
+
+
+def test_a_mirror_with_nothing_but_named_images_is_the_folder(breakhis_tree, tmp_path):
+    ds = load_breakhis(breakhis_tree)
+    images = [{"path": name, "bytes": next(breakhis_tree.rglob(name)).read_bytes()} for name in ds["filename"]]
+    mirror = datasets.Dataset.from_dict({"image": images[::-1]}, datasets.Features(image=datasets.Image()))
+    mirror.to_parquet(tmp_path / "mirror.parquet")
+    assert_same(load_breakhis(tmp_path), ds)
 
 
 def test_shards_are_cut_and_named(archive_of, breakhis_tree, tmp_path, monkeypatch):
@@ -111,7 +112,6 @@ def test_shards_are_cut_and_named(archive_of, breakhis_tree, tmp_path, monkeypat
     shards = to_parquet(load_breakhis(archive_of / "b.zip"), tmp_path, shard_bytes=1)
     assert [path.name for path in shards] == [f"train-{i:05d}-of-00007.parquet" for i in range(7)]
     assert_same(load_breakhis(tmp_path), load_breakhis(breakhis_tree))
-    assert load_breakhis(tmp_path, streaming=True).num_shards == 7
     shards[0].write_bytes(shards[0].read_bytes()[:-100])
     with pytest.raises(ValueError, match=str(tmp_path)):
         load_breakhis(tmp_path)
@@ -174,10 +174,20 @@ def test_changed_files_never_give_old_rows(breakhis_tree, tmp_path, kind, archiv
     assert shown() == (140, 92)
 
 
-def test_rows_of_older_code_are_not_taken(archive_of, monkeypatch):
-    before = BreaKHis(source=archive_of / "b.zip")
-    monkeypatch.setattr("magnification_invariant.data.breakhis_builder._code_digest", lambda: "other")
-    assert BreaKHis(source=archive_of / "b.zip").cache_dir != before.cache_dir
+def test_an_unpacking_that_was_cut_is_made_again(archive_of, breakhis_tree, tmp_path, monkeypatch):
+    """A process that died while it unpacked leaves nothing that is taken for the data set."""
+    path = Path(shutil.copy(archive_of / "b.zip", tmp_path))
+    extractall = zipfile.ZipFile.extractall
+
+    def cut(self, folder, members):
+        extractall(self, folder, list(members)[:5])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(zipfile.ZipFile, "extractall", cut)
+        with pytest.raises(KeyboardInterrupt):
+            load_breakhis(path)
+    assert_same(load_breakhis(path), load_breakhis(breakhis_tree))
 
 
 def test_a_damaged_image_in_an_archive_is_named_or_skipped(breakhis_tree, tmp_path):
@@ -186,21 +196,34 @@ def test_a_damaged_image_in_an_archive_is_named_or_skipped(breakhis_tree, tmp_pa
             content = path.read_bytes()
             archive.writestr(path.name, content[:-50] if "2003-200" in path.name else content)
     for _ in range(2):  # also when the cache knows them
-        with pytest.raises(ValueError, match=r"1 of 32 images.*\n.*SOB_M_MC-14-2003-200-001.png: not a readable"):
-            load_breakhis(tmp_path / "x.zip", num_proc=2)
+        with pytest.raises(
+            ValueError, match=r"1 of 32 images below .*x.zip.*\n  SOB_M_MC-14-2003-200-001.png: not a read"
+        ):
+            load_breakhis(tmp_path / "x.zip")
         with pytest.warns(UserWarning, match="1 of 32 images"):
             assert len(load_breakhis(tmp_path / "x.zip", on_error="skip")) == 31
-    with pytest.raises(ValueError, match=r"2003-200-001.png: not a readable"):
-        list(load_breakhis(tmp_path / "x.zip", streaming=True))
-    with pytest.warns(UserWarning, match=r"2003-200-001.png: not a readable"):
-        assert len(list(load_breakhis(tmp_path / "x.zip", on_error="skip", streaming=True))) == 31
 
 
-def test_the_ductal_copy_is_left_out_of_streams(tmp_path):
-    for code in ("DC", "LC"):
-        Image.new("RGB", (70, 46)).save(tmp_path / f"SOB_M_{code}-14-13412-40-001.png")
-    assert [row["subtype"] for row in load_breakhis(tmp_path, streaming=True)] == ["lobular_carcinoma"]
-    assert len(list(load_breakhis(tmp_path, streaming=True, drop_duplicate_slide=False))) == 2
+# What counts as an image file.
+
+
+def test_image_files_are_regular_visible_and_found_once(tmp_path):
+    wanted = ["a/b.PNG", "a/f\udce4.jpg", "z.tif"]
+    others = [".hidden/x.png", "a/._b.png", "__MACOSX/a/b.png", "a/.b.png", "notes.txt", "a/png"]
+    for name in wanted + others:
+        path = tmp_path / "top" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    (tmp_path / "top" / "a" / "loop").symlink_to(tmp_path / "top")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "c.webp").touch()
+    (tmp_path / "top" / "linked").symlink_to(tmp_path / "elsewhere")
+    expected = sorted(tmp_path / "top" / name for name in [*wanted, "linked/c.webp"])
+    assert image_files(tmp_path / "top") == expected
+    os.mkfifo(tmp_path / "top" / "pipe.png")
+    (tmp_path / "top" / "nowhere.png").symlink_to(tmp_path / "absent")
+    with pytest.warns(UserWarning, match=r"2 of 6 images below .*nowhere\.png: not a file"):
+        assert image_files(str(tmp_path / "top")) == expected
 
 
 # What an archive must not do.
@@ -208,6 +231,15 @@ def test_the_ductal_copy_is_left_out_of_streams(tmp_path):
 PNG = io.BytesIO()
 Image.new("RGB", (70, 46)).save(PNG, "PNG")
 NAME = "SOB_B_A-14-22549AB-40-001.png"
+
+
+@pytest.fixture
+def nothing_unpacked():
+    """Refused before anything is written: no folder of an archive is left, whole or not."""
+    folder = cache_root() / "archives"
+    before = {path for path in folder.glob("*") if path.is_dir()}
+    yield
+    assert {path for path in folder.glob("*") if path.is_dir()} == before
 
 
 def tar_with(path: Path, *members: tuple[tarfile.TarInfo, bytes], mode="w:gz") -> Path:
@@ -236,20 +268,18 @@ BAD_TARS = {
     "hard link": ([linked(tarfile.LNKTYPE)], "is a link or device"),
     "device": ([linked(tarfile.CHRTYPE)], "is a link or device"),
     "pipe": ([linked(tarfile.FIFOTYPE)], "is a link or device"),
-    "large member": ([(member("zeros.bin"), bytes(archives.LIMIT + 1))], "no image has more than 64"),
+    "large member": ([(member("zeros.bin"), bytes(LIMIT + 1))], "no image has more than 64"),
     "many members": ([(member(f"{i}.bin"), bytes(2**20)) for i in range(70)], "inflates to more than 64"),
 }
 
 
-@pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("harm", BAD_TARS)
-def test_a_tar_that_could_do_harm_is_refused(tmp_path, harm, streaming, monkeypatch):
-    if not streaming:  # nothing is decoded before all has been looked at
-        monkeypatch.setattr("magnification_invariant.data.breakhis_builder.raw_row", lambda *_: pytest.fail("decoded"))
+def test_a_tar_that_could_do_harm_is_refused(tmp_path, harm, monkeypatch, nothing_unpacked):
+    monkeypatch.setattr("datasets.DownloadManager.extract", lambda *_: pytest.fail("unpacked"))
     members, why = BAD_TARS[harm]
     path = tar_with(tmp_path / "b.tar.gz", GOOD, *members)
     with pytest.raises(ValueError, match=f"b.tar.gz is refused: .*{why}"):
-        list(load_breakhis(path, streaming=streaming))
+        load_breakhis(path)
 
 
 def test_a_header_that_claims_gigabytes_is_not_believed(tmp_path):
@@ -260,8 +290,36 @@ def test_a_header_that_claims_gigabytes_is_not_believed(tmp_path):
         file.write(header.tobuf(tarfile.GNU_FORMAT))
         for _ in range(140):
             file.write(bytes(2**20))
-    with pytest.raises(ValueError, match="far beyond its own size"):
+    with pytest.raises(ValueError, match=r"damaged .*a header of 8,589,934,592 bytes"):
         load_breakhis(path)
+
+
+def test_what_follows_the_end_of_a_tar_is_not_inflated_for_ever(tmp_path):
+    with gzip.open(tar_with(tmp_path / "b.tar.gz", GOOD), "ab", compresslevel=1) as file:
+        for _ in range(140):
+            file.write(bytes(2**20))
+    with pytest.raises(ValueError, match="far beyond its own size"):
+        load_breakhis(tmp_path / "b.tar.gz")
+
+
+def test_a_bit_that_is_flipped_in_a_tar_gz_is_found(archive_of, tmp_path):
+    """In the pixels of an image, where neither tar nor PNG's decoder (of a stored block) need see it."""
+    content = gzip.decompress((archive_of / "b.tar.gz").read_bytes())
+    stored = gzip.compress(content, compresslevel=0)  # every byte as it is: only the checksum knows
+    at = stored.index(b"IDAT") + 100
+    damaged = stored[:at] + bytes([stored[at] ^ 4]) + stored[at + 1 :]
+    for bits, name in ((damaged, "one.tar.gz"), (stored[:-8] + bytes(4) + stored[-4:], "sum.tar.gz")):
+        (tmp_path / name).write_bytes(bits)
+        with pytest.raises(ValueError, match=rf"{name} is damaged \(checksum\), download it again"):
+            load_breakhis(tmp_path / name)
+
+
+def test_a_damaged_header_does_not_end_a_tar_without_a_word(archive_of, tmp_path):
+    content = bytearray((archive_of / "b.tar").read_bytes())
+    content[content.rindex(b"SOB_") + 2] ^= 1
+    (tmp_path / "b.tar").write_bytes(content)
+    with pytest.raises(ValueError, match=r"b\.tar is damaged"):
+        load_breakhis(tmp_path / "b.tar")
 
 
 BAD_ZIPS = {
@@ -269,11 +327,12 @@ BAD_ZIPS = {
     "drive": ("C:\\x.png", {}, "leads out of it"),
     "windows traversal": ("a\\..\\..\\x.png", {}, "leads out of it"),
     "link": ("x.png", {"external_attr": 0o120777 << 16}, "is a link or device"),
+    "backslashes": ("BreaKHis_v1\\40X\\x.png", {}, "has backslashes.*: unpack it"),
 }
 
 
 @pytest.mark.parametrize("harm", BAD_ZIPS)
-def test_a_zip_that_could_do_harm_is_refused(tmp_path, harm):
+def test_a_zip_that_could_do_harm_is_refused(tmp_path, harm, nothing_unpacked):
     name, about, why = BAD_ZIPS[harm]
     info = zipfile.ZipInfo(name)
     for key, value in about.items():
@@ -285,24 +344,41 @@ def test_a_zip_that_could_do_harm_is_refused(tmp_path, harm):
         load_breakhis(tmp_path / "b.zip")
 
 
-def test_a_zip_bomb_is_refused(tmp_path):
+def test_a_zip_bomb_is_refused(tmp_path, nothing_unpacked):
     with zipfile.ZipFile(tmp_path / "b.zip", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-        archive.writestr("zeros.png", bytes(archives.LIMIT + 1))
+        archive.writestr("zeros.png", bytes(LIMIT + 1))
     with pytest.raises(ValueError, match=r"refused: 'zeros.png' has 64 MiB"):
         load_breakhis(tmp_path / "b.zip")
+
+
+@pytest.mark.parametrize("claimed, why", [(1000, "is larger than the 1,000 bytes"), (150_000, r"damaged \(checksum\)")])
+def test_a_zip_that_lies_about_a_size_is_refused_before_memory_is_spent(tmp_path, claimed, why, nothing_unpacked):
+    """100 MiB of zeros that say to be less, in both headers."""
+    with zipfile.ZipFile(tmp_path / "b.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(NAME, bytes(100 * 2**20))
+    content = bytearray((tmp_path / "b.zip").read_bytes())
+    for mark, at in ((b"PK\x01\x02", 24), (b"PK\x03\x04", 22)):
+        start = content.rfind(mark) + at
+        content[start : start + 4] = struct.pack("<I", claimed)
+    (tmp_path / "b.zip").write_bytes(content)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=why):
+        load_breakhis(tmp_path / "b.zip")
+    assert tracemalloc.get_traced_memory()[1] < 50 * 2**20
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("name", ["b.tar.gz", "b.zip", "b.tar"])
 def test_a_cut_archive_is_an_error(archive_of, tmp_path, name):
     content = (archive_of / name).read_bytes()
     (tmp_path / name).write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=f"{name} is not a whole .tar, .tar.gz or .zip archive"):
+    with pytest.raises(ValueError, match=f"{name} is damaged .*download it again"):
         load_breakhis(tmp_path / name)
 
 
 def test_what_is_no_archive_or_holds_nothing(tmp_path):
     (tmp_path / "x.bin").write_bytes(os.urandom(5000))
-    with pytest.raises(ValueError, match=r"x.bin is not a whole"):
+    with pytest.raises(ValueError, match=r"x.bin is damaged .not a whole .tar, .tar.gz or .zip archive"):
         load_breakhis(tmp_path / "x.bin")
     path = tar_with(tmp_path / "y.tar.gz", (member("._" + NAME), b"x"), (member("__MACOSX/" + NAME), b"x"))
     with pytest.raises(FileNotFoundError, match="No image"):

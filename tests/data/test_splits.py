@@ -12,9 +12,9 @@ from magnification_invariant.data.splits import (
     Split,
     assert_disjoint,
     deal_folds,
+    domain_column,
     leave_one_domain_out,
     leave_one_magnification_out,
-    official_folds,
 )
 
 DOMAINS = (40, 100, 200, 400)
@@ -182,12 +182,11 @@ def test_every_kind_of_table_gives_the_same_split_and_no_image_is_opened():
 
 def test_domains_of_other_data_sets():
     ds = table(PATIENTS)
-    ds = {"slide": ds["patient"], "center": [f"hospital {d}" for d in ds["magnification"]], "tumor": ds["label"]}
-    split = leave_one_domain_out(
-        ds, "hospital 40", label_column="tumor", domain_column="center", group_column="slide", fold=2
-    )
-    expected = leave_one_magnification_out(table(PATIENTS), 40, fold=2)
+    other = {"patient": ds["patient"], "domain": [f"hospital {d}" for d in ds["magnification"]], "label": ds["label"]}
+    assert (domain_column(ds), domain_column(other)) == ("magnification", "domain")
+    split, expected = leave_one_domain_out(other, "hospital 40", fold=2), leave_one_magnification_out(ds, 40, fold=2)
     assert all(np.array_equal(getattr(split, part), getattr(expected, part)) for part in PARTS)
+    assert_disjoint(split, other)
 
 
 few = {f"14-{i}": (int(i >= 4),) for i in range(24)}
@@ -252,50 +251,6 @@ def test_assert_disjoint_names_what_leaks():
     refuse("rows from -1", train=[*split.train, -1])
 
 
-def test_stored_split_finds_its_patients_in_another_copy(tmp_path):
-    # A patient whose only images are at the held-out domain, and who is not tested, must not be lost.
-    images = {p: dict.fromkeys(DOMAINS, 2) for p in PATIENTS}
-    trained = sorted(taken(table(PATIENTS), leave_one_magnification_out(table(PATIENTS), 200, fold=3).train))[0]
-    images[trained] = {40: 0, 100: 0, 200: 2, 400: 0}
-    ds = table(PATIENTS, images)
-    split = leave_one_magnification_out(ds, np.int32(200), fold=3, split_seed=7, n_folds=4)
-    path = tmp_path / "split.json"
-    split.to_json(path, ds)
-    assert [file.name for file in tmp_path.iterdir()] == ["split.json"]
-
-    shuffled = table(PATIENTS, images, seed=5)
-    again = Split.from_json(path, shuffled)
-    for part in PARTS:
-        assert taken(ds, getattr(split, part), "filename") == taken(shuffled, getattr(again, part), "filename")
-    rest = {name: value for name, value in vars(split).items() if name not in PARTS}
-    assert rest == {name: value for name, value in vars(again).items() if name not in PARTS}
-    assert type(again.held_out) is int
-
-    fewer = {p: c for p, c in PATIENTS.items() if p != "14-3"}
-    with pytest.raises(ValueError, match=r"1 of its patients are not in the table \(14-3\), 1 of .* \(16-1\)"):
-        Split.from_json(path, table({**fewer, "16-1": (0,)}))
-    with pytest.raises(ValueError, match="No row has magnification 200"):
-        Split.from_json(path, {**ds, "magnification": [40, 100] * (len(ds["label"]) // 2)})
-
-    stored = json.loads(path.read_text())
-    stored["patients"]["train"].append(stored["patients"]["test"][0])
-    path.write_text(json.dumps(stored))
-    with pytest.raises(ValueError, match="more than one part"):
-        Split.from_json(path, ds)
-    for content in ("{", "[]", "{}", json.dumps({"patients": stored["patients"], "held_out": 200})):
-        path.write_text(content)
-        with pytest.raises(ValueError, match="not a split"):
-            Split.from_json(path, ds)
-
-
-def test_a_split_that_patients_do_not_describe_is_not_stored(tmp_path):
-    ds = table(PATIENTS)
-    split = leave_one_magnification_out(ds, 40)
-    with pytest.raises(ValueError, match=r"\['train'\] are not all rows"):
-        changed(split, train=split.train[1:]).to_json(tmp_path / "split.json", ds)
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize("held_out", DOMAINS)
 def test_the_small_tree_can_be_split(breakhis_tree, held_out):
     from magnification_invariant.data.breakhis import load_breakhis
@@ -319,13 +274,17 @@ def test_a_split_file_gives_the_same_splits_anywhere(tmp_path):
             assert {k: v for k, v in vars(again).items() if k not in PARTS} == {
                 k: v for k, v in vars(expected).items() if k not in PARTS
             }
+    # A file of the first edition, which named the columns too, is read.
+    older = json.loads((tmp_path / "split.json").read_text()) | {"group_column": "patient", "note": ""}
+    (tmp_path / "older.json").write_text(json.dumps(older))
+    assert Folds.from_json(tmp_path / "older.json").folds == folds.folds
     # Of a part of the data, the patients who are there keep their places.
     some = table(
         {patient: classes for patient, classes in PATIENTS.items() if patient not in ("14-0", "14-20")}, seed=8
     )
     split = folds.split(some, 100, 1)
     assert taken(some, split.val) <= set(folds.folds[1]["val"])
-    with pytest.raises(ValueError, match=r"1 of the table's patient values are not in the split \(16-1\)"):
+    with pytest.raises(ValueError, match=r"1 of the table's patients are not in the split \(16-1\)"):
         folds.split(table({**PATIENTS, "16-1": (0,)}), 100, 1)
     with pytest.raises(ValueError, match="fold is 4; with n_folds=4 it runs from 0 to 3"):
         folds.split(ds, 100, 4)
@@ -333,57 +292,12 @@ def test_a_split_file_gives_the_same_splits_anywhere(tmp_path):
     stored = json.loads((tmp_path / "split.json").read_text())
     stored["folds"][0]["train"].append(stored["folds"][0]["test"][0])
     (tmp_path / "split.json").write_text(json.dumps(stored))
-    with pytest.raises(ValueError, match="more than one part of a fold"):
+    with pytest.raises(ValueError, match="patients in more than one part of a fold"):
         Folds.from_json(tmp_path / "split.json")
-    for content in ("{", "[]", "{}", json.dumps({**stored, "kind": "other"}), json.dumps({**stored, "more": 1})):
+    for content in ("{", "[]", "{}", json.dumps({**stored, "kind": "other"})):
         (tmp_path / "split.json").write_text(content)
         with pytest.raises(ValueError, match="not a split file"):
             Folds.from_json(tmp_path / "split.json")
-
-
-def published_table() -> dict:
-    from magnification_invariant.data.breakhis import name_fields
-    from magnification_invariant.data.published import slides
-
-    rows = [name_fields(name) for slide in slides() for name in slide.names]
-    rows = [row for row in rows if (row["slide"], row["subtype"]) != ("14-13412", "ductal_carcinoma")]
-    return {column: [row[column] for row in rows] for column in rows[0]}
-
-
-def test_official_folds_are_the_published_ones_and_leak_as_is_said(tmp_path):
-    from magnification_invariant.data.breakhis import SUBTYPES
-    from magnification_invariant.data.published import slides
-
-    ds = published_table()
-    with pytest.warns(UserWarning, match="sections of 6 to 8 biopsies both in training and in test"):
-        folds = official_folds(ds)
-    patient_of = dict(zip(ds["slide"], ds["patient"], strict=True))
-    in_both = []
-    for number, groups in enumerate(folds.folds, 1):
-        tested = {
-            slide.slide
-            for slide in slides()
-            if number in slide.tested and (slide.code, slide.slide) != ("M_DC", "14-13412")
-        }
-        assert set(groups["test"]) == tested
-        assert sorted([*groups["train"], *groups["val"], *groups["test"]]) == sorted(patient_of)
-        patients = {part: {patient_of[slide] for slide in members} for part, members in groups.items()}
-        assert not patients["train"] & patients["val"]
-        in_both.append(len((patients["train"] | patients["val"]) & patients["test"]))
-        split = folds.split(ds, 200, number - 1)  # every part has both classes
-        assert taken(ds, np.concatenate([split.test, split.test_source]), "slide") == tested
-    assert all(5 <= n <= 8 for n in in_both), in_both
-
-    folds.to_json(tmp_path / "official.json")
-    with pytest.warns(UserWarning, match="results are too good"):
-        assert Folds.from_json(tmp_path / "official.json").folds == folds.folds
-
-    twice = {name: [*column, *column[:1]] for name, column in ds.items()}
-    twice["subtype"][-1], twice["slide"][-1] = SUBTYPES["DC"], "14-13412"
-    with pytest.raises(ValueError, match="14-13412 is there twice"):
-        official_folds(twice)
-    with pytest.raises(ValueError, match="not BreaKHis's"):
-        official_folds({**ds, "slide": ["14-1"] * len(ds["slide"])})
 
 
 def test_magdg_split_writes_what_it_shows(breakhis_tree, tmp_path, capsys):
@@ -399,5 +313,3 @@ def test_magdg_split_writes_what_it_shows(breakhis_tree, tmp_path, capsys):
     assert np.array_equal(split.test, leave_one_magnification_out(ds, 400, n_folds=4, fold=2).test)
     assert main([*arguments, "--n-folds", "5"]) == 2
     assert "groups of patients needs" in capsys.readouterr().err
-    assert main([*arguments, "--official"]) == 2
-    assert "not BreaKHis's" in capsys.readouterr().err

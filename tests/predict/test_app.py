@@ -10,7 +10,7 @@ from PIL import Image
 
 from magdg import main
 from magnification_invariant.predict import Classifier, app
-from magnification_invariant.virtual_slides.dataset import render_field, virtual_field
+from magnification_invariant.virtual_slides import render_field, virtual_field
 
 gr = pytest.importorskip("gradio")
 pytest.importorskip("captum")

@@ -6,10 +6,10 @@ import torch
 from PIL import Image
 from scipy.special import softmax
 
-from magnification_invariant.data.scale import rescale
+from magnification_invariant.data.views import show
 from magnification_invariant.model_folder import logits_of
 from magnification_invariant.predict import Classifier, Item, check_mpp
-from magnification_invariant.virtual_slides.dataset import render_field, virtual_field
+from magnification_invariant.virtual_slides import render_field, virtual_field
 
 
 @pytest.fixture(scope="module")
@@ -26,42 +26,50 @@ def only(rows: list[dict]) -> dict:
     return row
 
 
-def test_one_view_is_what_timm_says_of_it(classifier, tiny_model):
-    """A square of the network's size, inside the range: nothing is resampled or cut, so bare timm must agree."""
+def test_one_tile_is_what_timm_says_of_it(classifier, tiny_model):
+    """A square at its own scale: one tile, which is what bare timm's transform shows too."""
     image = tissue(0.5, (64, 64))
     row = only(classifier.predict(image, 0.5))
-    padded = Image.new("RGB", (73, 73))  # timm's transform resizes to 73 and takes the middle 64: undo that
-    padded.paste(image, (4, 4))
-    assert row["tiles"] == 1 and row["mpp"] == 0.5
-    np.testing.assert_allclose(row["logits"], logits_of(tiny_model, padded), atol=1e-4)
+    assert row["tiles"] == 1 and row["mpp"] == 0.5 and row["filled"] == 0
+    np.testing.assert_allclose(row["logits"], logits_of(tiny_model, image), atol=1e-4)
     assert row["probability"] == pytest.approx(softmax(np.array(row["logits"]) / 1.5)[1])
     assert row["prediction"] == ("malignant" if row["probability"] > 0.5 else "benign")
     np.testing.assert_allclose(row["signature"], row["embedding"][[3, 10, 40]], rtol=1e-6)
 
 
 def test_the_stored_scale_decides_and_never_the_number_of_pixels(classifier):
-    inside, fine, coarse = (only(classifier.predict(tissue(0.5), mpp)) for mpp in (0.5, 0.1, 0.79))
-    assert (inside["mpp"], fine["mpp"], coarse["mpp"]) == (0.5, 0.2, 0.79)
-    assert (inside["tiles"], fine["tiles"], coarse["tiles"]) == (6, 2, 6)  # 160 x 128 and 80 x 64 pixels of 64
-    assert not inside["warning"] and inside["logits"] == coarse["logits"]
-    by_hand = only(classifier.predict(rescale(tissue(0.5), 0.2, native_mpp=0.1), 0.2))
-    np.testing.assert_allclose(fine["logits"], by_hand["logits"], rtol=1e-6)
+    """160 x 128 pixels; the model knows fields of 0.2 to 0.8 um/px and an input of 64."""
+    image = tissue(0.25)
+    inside, coarse, fine = (only(classifier.predict(image, mpp)) for mpp in (0.25, 0.6, 0.05))
+    assert (inside["mpp"], coarse["mpp"], fine["mpp"]) == (0.5, 0.8, 0.2)  # the field, clipped into the range
+    assert (inside["tiles"], coarse["tiles"], fine["tiles"]) == (2, 4, 1)  # 80 x 64, 120 x 96, 40 x 32 pixels
+    assert fine["filled"] == pytest.approx(1 - 40 * 32 / 64**2) and "reflection" in fine["warning"]
+    protocol = [only(classifier.predict(image, mpp, view="protocol")) for mpp in (0.25, 0.6, 0.05)]
+    assert [row["mpp"] for row in protocol] == pytest.approx([0.5, 1.2, 0.1])  # never clipped: always 80 x 64
+    assert all(row["logits"] == inside["logits"] for row in protocol)
+    resampled = Image.fromarray(show(image, 0.25, 0.8, 64).pixels)
+    by_hand = only(classifier.predict(image, 0.25, view=0.5))
+    assert by_hand["logits"] == inside["logits"] and resampled.size == (64, 64)
 
 
 def test_a_large_image_is_the_mean_of_its_tiles(classifier):
     pixels = np.asarray(tissue(0.5, (192, 128)))
     tiles = [pixels[y : y + 64, x : x + 64] for y in (0, 64) for x in (0, 64, 128)]
-    whole, parts = only(classifier.predict(pixels, 0.5)), classifier.predict(tiles, 0.5)
+    whole = only(classifier.predict(pixels, 0.5, view=0.5))
+    parts = classifier.predict(tiles, 0.5)
     np.testing.assert_allclose(whole["logits"], np.mean([row["logits"] for row in parts], 0), atol=1e-5)
     np.testing.assert_allclose(whole["signature"], np.mean([row["signature"] for row in parts], 0), atol=1e-5)
 
 
-def test_tiles_cover_an_image_evenly_whatever_its_size(classifier):
-    view = np.arange(150 * 201).reshape(150, 201)
-    corners = classifier.corners(view)
-    assert len(corners) == 3 * 4
-    assert np.unique(np.concatenate([view[y : y + 64, x : x + 64].ravel() for y, x in corners])).size == view.size
-    assert classifier.corners(np.empty((64, 64, 3))) == [(0, 0)]
+def test_a_model_of_no_scale_shows_every_image_whole(tiny_model):
+    known = Classifier.from_pretrained(tiny_model, device="cpu")
+    config = {key: value for key, value in known.config.items() if key not in ("base_range", "mpp_range")}
+    classifier = Classifier(known.folder, config, known.run)
+    row = only(classifier.predict(tissue(0.5)))
+    assert row["mpp"] is None and row["tiles"] == 2
+    assert row["logits"] == only(known.predict(tissue(0.5), view="protocol"))["logits"]
+    with pytest.raises(ValueError, match="its scale is not known"):
+        known.predict(tissue(0.5))
 
 
 def test_coarser_than_known_warns_and_strict_refuses(classifier):
@@ -72,15 +80,6 @@ def test_coarser_than_known_warns_and_strict_refuses(classifier):
         classifier.predict(tissue(0.5), 2.0, strict=True)
     with pytest.warns(UserWarning, match="was a magnification meant"):
         classifier.predict(tissue(0.5), 10.0)
-
-
-def test_scales_average_views_inside_the_range(classifier):
-    image = tissue(0.25, (256, 256))
-    alone = [only(classifier.predict(rescale(image, 0.25 * f, native_mpp=0.25), 0.25 * f)) for f in (1, 2)]
-    both = only(classifier.predict(image, 0.25, scales=(1, 2, 4)))  # 4 would be 1 um/px: left out
-    np.testing.assert_allclose(both["logits"], np.mean([row["logits"] for row in alone], 0), atol=1e-5)
-    with pytest.raises(ValueError, match="at least 1"):
-        classifier.predict(image, 0.25, scales=(0.5,))
 
 
 def test_the_batch_and_its_order_do_not_matter(classifier, tiny_model):
@@ -95,13 +94,13 @@ def test_the_zoom_curve_of_one_image(classifier):
     image = tissue(0.1, (512, 512))
     mpp, probability = classifier.zoom_curve(image, 0.1, n=5)
     assert mpp[0] == 0.2 and mpp[-1] == pytest.approx(0.8) and len(mpp) == 5  # 64 x 64 are left at the coarsest
-    alone = only(classifier.predict(rescale(image, 0.4, native_mpp=0.1), 0.4))
-    assert probability[2] == pytest.approx(alone["probability"], abs=1e-5)
+    alone = only(classifier.predict(image, 0.1, view=0.4))
+    assert probability[2] == alone["probability"]
     mpp, probability = classifier.zoom_curve(image, 3.0)  # coarser than the model knows: one point, with a warning
     assert mpp.tolist() == [3.0] and np.isfinite(probability).all()
 
 
-@pytest.mark.parametrize("mpp", [0.08, 0.25, 0.5])
+@pytest.mark.parametrize("mpp", [0.22, 0.3, 0.5])
 def test_a_scale_ten_times_wrong_is_seen_in_the_pixels(classifier, mpp):
     images = [tissue(mpp, (512, 400), patient=i) for i in range(4)]
     items = [Item(str(i), image, m) for i, image in enumerate(images) for m in (mpp, mpp * 10, mpp / 10)]
@@ -128,10 +127,14 @@ def test_the_scale_of_a_tiff_is_read_from_it(classifier, tmp_path):
 @pytest.mark.parametrize(
     ("mpp", "message"),
     [
-        (0, "positive number"),
-        (-0.5, "positive number"),
-        (float("nan"), "positive number"),
-        (float("inf"), "positive number"),
+        (0, "positive finite number"),
+        (-0.5, "positive finite number"),
+        (float("nan"), "positive finite number"),
+        (float("inf"), "positive finite number"),
+        ("fine", "a number like 0.25, not 'fine'"),
+        (250, "in nanometres it would be 0.25 um/px"),
+        (2.5e-4, "in millimetres it would be 0.25 um/px"),
+        (0.001, "finer than any microscope's"),
         (40, "if you mean a magnification of 40: a scanner's 40x is about 0.25 um/px"),
     ],
 )
@@ -144,7 +147,7 @@ def test_an_mpp_that_cannot_be(classifier, mpp, message):
 
 def test_one_scale_an_image_or_one_for_all(classifier):
     rows = classifier.predict([tissue(0.5)] * 2, [0.5, 0.1])
-    assert [row["mpp"] for row in rows] == [0.5, 0.2]
+    assert [row["native_mpp"] for row in rows] == [0.5, 0.1]
     with pytest.raises(ValueError, match="3 scales for 2 images"):
         classifier.predict([tissue(0.5)] * 2, [0.5, 0.1, 0.2])
 
@@ -165,7 +168,7 @@ def write(folder, kind):
         return "truncated"
     if kind == "pixel.png":
         Image.new("RGB", (1, 1)).save(path)
-        return "too small a field"
+        return "the field is too small"
     if kind == "float.tif":
         Image.fromarray(grey.astype(np.float32)).save(path)
         return "no known range"
@@ -205,7 +208,7 @@ def test_whatever_is_handed_in(classifier, tmp_path, kind):
 def test_a_hundred_megapixels(classifier, tmp_path):
     Image.effect_noise((10_000, 10_000), 30).convert("RGB").save(tmp_path / "large.jpg")
     row = only(classifier.predict(tmp_path / "large.jpg", 0.1))
-    assert (row["width"], row["mpp"], row["tiles"]) == (10_000, 0.2, 79**2)
+    assert (row["width"], row["mpp"], row["tiles"]) == (10_000, 0.8, 20**2)
 
 
 def test_arrays_that_are_no_pictures(classifier):
@@ -272,5 +275,5 @@ def test_what_became_of_such_probabilities(classifier, tiny_model, tmp_path):
     assert (
         Classifier.from_pretrained(folder)
         .reliability(0.7)
-        .startswith("Of test images that were given about 0.80, 75% were malignant")
+        .startswith("Of images of an unseen magnification that were given about 0.80, 75% were malignant")
     )

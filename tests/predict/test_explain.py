@@ -7,7 +7,7 @@ from PIL import Image
 
 from magdg import main
 from magnification_invariant.predict import Classifier, explain
-from magnification_invariant.virtual_slides.dataset import render_field, virtual_field
+from magnification_invariant.virtual_slides import render_field, virtual_field
 
 pytest.importorskip("captum")
 

@@ -9,7 +9,7 @@ import pytest
 from magdg import main
 from magnification_invariant.predict import Classifier, Item, items_of
 from magnification_invariant.predict import export as exporting
-from magnification_invariant.virtual_slides.dataset import render_field, virtual_field
+from magnification_invariant.virtual_slides import render_field, virtual_field
 
 pytest.importorskip("onnxruntime")
 

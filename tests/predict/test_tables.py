@@ -114,7 +114,7 @@ def test_the_command(tiny_model, pictures, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert f"wrote 10 rows to {out}" in printed and "FAILED" in printed and "5.png: cannot identify" in printed
     good = ["predict", str(pictures / "1.png"), "--model", str(tiny_model), "--out", str(out)]
-    assert main([*good, "--mpp", "0.5", "--scales", "1", "1.25"]) == 0
+    assert main([*good, "--mpp", "0.5", "--view", "protocol"]) == 0
     assert main([*good, "--mpp", "2"]) == 0 and "coarser than the model knows" in capsys.readouterr().out
     assert main([*good, "--mpp", "2", "--strict-mpp"]) == 1
     assert main(good) == 1 and "its scale is not known" in capsys.readouterr().out
@@ -124,8 +124,8 @@ def test_the_command(tiny_model, pictures, tmp_path, capsys):
     ("changes", "message"),
     [
         ({"--mpp": "40"}, "if you mean a magnification of 40"),
-        ({"--mpp": "0"}, "positive number"),
-        ({"--mpp": "nan"}, "positive number"),
+        ({"--mpp": "0"}, "positive finite number"),
+        ({"--mpp": "nan"}, "positive finite number"),
         ({"--model": "nobody/nothing"}, "neither a folder nor a Hub repository"),
         ({"--out": "predictions.txt"}, "not as predictions.txt"),
         ({"--out": "/proc/nowhere/out.csv"}, "cannot write"),

@@ -12,7 +12,7 @@ from PIL import Image
 
 from magdg import main
 from magnification_invariant import metrics
-from magnification_invariant.data import load_breakhis
+from magnification_invariant.data import load_breakhis, load_virtual_slides
 from magnification_invariant.data.scale import rescale
 from magnification_invariant.data.splits import leave_one_magnification_out
 from magnification_invariant.predict import Classifier
@@ -25,8 +25,7 @@ from magnification_invariant.predict.zoom import (
     zoom_curves,
 )
 from magnification_invariant.records import prediction_table
-from magnification_invariant.virtual_slides import load_virtual_slides
-from magnification_invariant.virtual_slides.dataset import SIDECAR
+from magnification_invariant.virtual_slides import SIDECAR
 
 SIZE = 32
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from magdg import main
-from magnification_invariant.data import load_breakhis
+from magnification_invariant.data import load_breakhis, load_virtual_slides
 from magnification_invariant.lomo.cell import Cell
 from magnification_invariant.lomo.run import run_cell
 from magnification_invariant.predict.search import retrieval
@@ -20,7 +20,6 @@ from magnification_invariant.report.runs import read_runs
 from magnification_invariant.report.signatures import STABILITY, patient_stability, signature_sections
 from magnification_invariant.signatures import SignatureProjector, about_embeddings, read_embeddings
 from magnification_invariant.signatures.networks import SignedNetwork, compare_networks
-from magnification_invariant.virtual_slides import load_virtual_slides
 
 pytestmark = pytest.mark.slow
 

@@ -6,7 +6,7 @@ from PIL import Image
 
 from magnification_invariant.data.breakhis import MPP, load_breakhis
 from magnification_invariant.virtual_slides import dataset as virtual_slides
-from magnification_invariant.virtual_slides.dataset import (
+from magnification_invariant.virtual_slides import (
     load_virtual_slides,
     native_mpp,
     render_field,
@@ -166,7 +166,7 @@ def test_and_in_nothing_else(name):
 
 def test_the_microscope_does_not_know_the_class(tmp_path):
     """Sessions are shared between magnifications; strength 0 adds nothing, 2 adds more than 1; all of it is logged."""
-    from magnification_invariant.virtual_slides.dataset import _optics
+    from magnification_invariant.virtual_slides import _optics
 
     same = [{_optics(0, n, m, k, 1).session for m in (40, 100, 200, 400)} for n in range(20) for k in range(2)]
     assert all(len(sessions) == 1 for sessions in same) and len(set.union(*same)) > 1
