@@ -30,7 +30,7 @@ def add_flag(parser, field: Field, note: str = "", default: Any = None) -> None:
         note: behind the help.
         default: shown instead of the field's own.
     """
-    own, choices = field.default, field.metadata.get("choices")
+    own, choices = field.default, field.metadata.get("choices") or None
     shown = own if default is None else default
     help = field.metadata["help"] + note + (f"; default: {shown}" if shown is not None else "")
     settings: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
