@@ -49,7 +49,7 @@ def main() -> int:
             "`torchrun --nproc_per_node N`, or `accelerate launch --multi_gpu --num_processes N`"
         )
     accelerator.print(
-        f"{accelerator.num_processes} process(es) on {accelerator.device}, {args.threads} CPU thread(s) each"
+        f"{accelerator.num_processes} process(es) on {accelerator.device}, {settings['threads']} CPU thread(s) each"
     )
 
     with accelerator.main_process_first():  # the slides are drawn, or the folder is read, once

@@ -31,8 +31,8 @@ COMMANDS = {
 }
 
 # Of modules that come with an extra only: its name.
-EXTRAS = {"captum": "explain", "gradio": "app", "onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx"}
-EXTRAS |= {"openvino": "openvino"}
+EXTRAS = {"captum": "explain", "gradio": "app", "openvino": "openvino"}
+EXTRAS |= dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "onnx")
 
 
 class Terminated(KeyboardInterrupt):

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from magdg.options import positive
+from magdg.sources import positive
 
 HELD_OUT = "200"
 DATA = "virtual:n_patients=100,size=350x230"  # half of BreaKHis' pixels are enough at this input size
@@ -36,13 +36,12 @@ def execute(args) -> int:
     command = f"--data {DATA} --held-out {HELD_OUT} --folds 0 --seeds {args.seed} --batch-size 16".split()
     command += ["--epochs", str(args.epochs), "--image-size", str(args.image_size)]
     training = parser.parse_args([*command, "--output-dir", str(args.output_dir)])
-    ds = load_data(training)
-    cells, finished = lomo.train(training, ds)
+    cells, finished = lomo.train(training)
     if len(finished) < len(cells):
         return 1
     runs = [run for run in map(Run, finished) if run.is_network]
 
-    montage(ds, args.output_dir / "slides.png")
+    montage(load_data(training), args.output_dir / "slides.png")
     reliability(runs, args.output_dir / "reliability.png")
     curves(runs, args.output_dir / "curves.png")
     for run in runs:
@@ -55,8 +54,6 @@ def execute(args) -> int:
     if logits != read_json(model / "fixture.json")["logits"]:
         print("which is NOT what it said when it was saved")
         return 1
-    print(
-        f"\nThe same tissue at one scale after the other, and the report:\n  magdg zoom {runs[-1].folder} --data {DATA}"
-    )
-    print(f"  magdg report {args.output_dir}")
+    print("\nNext, the same tissue at one scale after the other, and the report:")
+    print(f"  magdg zoom {runs[-1].folder} --data {DATA}\n  magdg report {args.output_dir}")
     return 0

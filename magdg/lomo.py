@@ -1,7 +1,7 @@
 """Leave one magnification or scanner out: train and test every method x held-out x fold x seed, print the table."""
 
-from magdg.options import Parser, add_training_arguments, grid_settings, positive
-from magdg.sources import add_data_argument, held_out_domains, load_data
+from magdg.options import Parser, add_training_arguments, grid_settings
+from magdg.sources import add_data_argument, held_out_domains, load_data, positive
 
 __all__ = ["Parser", "add_arguments", "execute"]
 
@@ -21,11 +21,11 @@ def add_arguments(parser) -> None:
 
 
 def execute(args) -> int:
-    cells, finished = train(args, load_data(args))
+    cells, finished = train(args)
     return 0 if len(finished) == len(cells) else 1
 
 
-def train(args, ds) -> tuple[list, list]:
+def train(args) -> tuple[list, list]:
     """Cells, and the folders of those that finished; prints their table."""
     from magnification_invariant.data import Folds, describe
     from magnification_invariant.lomo.cell import Cell
@@ -33,6 +33,7 @@ def train(args, ds) -> tuple[list, list]:
     from magnification_invariant.report.table import markdown, summarise
 
     settings = grid_settings(args, args.methods)
+    ds = load_data(args)
     held_outs = held_out_domains(ds, args.held_out)
     print(describe(ds))
     n_folds = settings.get("n_folds", Cell.n_folds)

@@ -111,3 +111,11 @@ def held_out_domains(ds, names: list[str] | None) -> list[int | str]:
     if unknown:
         raise ValueError(f"--held-out {unknown[0]}: the table has {', '.join(map(domain_name, domains))}")
     return [by_name[name] for name in names] if names else domains
+
+
+def positive(text: str) -> int:
+    """Of a count on the command line."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from magdg.options import positive
-from magdg.sources import VIRTUAL, add_data_argument, load_data
+from magdg.sources import VIRTUAL, add_data_argument, load_data, positive
 
 
 def add_arguments(parser) -> None:
