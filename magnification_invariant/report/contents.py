@@ -171,17 +171,13 @@ def _conclusions(rows: dict[str, Row], compared: list[Comparison]) -> list:
         else:
             headline = f"On these patients {a} is {'better' if measured.high < 0 else 'WORSE'} than {b}: "
         blocks.append(headline + size)
-        scaled, raw = (
-            {
-                title: estimate(rows[title].runs, PRIMARY, rows[title].part, temperatures(rows[title]))
-                for title in (a, b)
-            }
-            for temperatures in (lambda row: None, lambda row: [1.0] * len(row.runs))
-        )
+        ones = {title: [1.0] * len(rows[title].runs) for title in (a, b)}
+        raw = {title: estimate(rows[title].runs, PRIMARY, rows[title].part, t).value for title, t in ones.items()}
+        scaled = {title: estimate(rows[title].runs, PRIMARY, rows[title].part).value for title in ones}
         blocks.append(
             "Calibration is not invariance: scaling by a temperature alone changes Brier by "
-            + " and ".join(f"{scaled[title].value - raw[title].value:+.4f} ({title})" for title in (a, b))
-            + f", while {a} and {b} differ by {raw[a].value - raw[b].value:+.4f} before it."
+            + " and ".join(f"{scaled[title] - raw[title]:+.4f} ({title})" for title in ones)
+            + f", while {a} and {b} differ by {raw[a] - raw[b]:+.4f} before it."
         )
     else:
         blocks.append("No two methods have runs in common, so none are compared.")

@@ -170,7 +170,7 @@ def difference(
     for x, y in pairs:
         if not np.array_equal(x.part(part_a)["filename"], y.part(part_b)["filename"]):
             raise ValueError(f"{x.folder} and {y.folder} tested other images and cannot be compared")
-    columns, other = (joined(list(runs), part) for runs, part in zip(zip(*pairs, strict=True), (part_a, part_b)))
+    columns, other = joined([x for x, _ in pairs], part_a), joined([y for _, y in pairs], part_b)
     prob = columns.pop("y_prob")
     return metrics.paired_difference(metric, y_prob_a=prob, y_prob_b=other["y_prob"], **columns)
 

@@ -56,8 +56,8 @@ def zoom_blocks(networks: dict[str, list[Run]]) -> list:
         first = next(iter(methods.values()))[0]
         marks = [np.unique(first.part(part)["mpp"].round(6)) for part in ("val", "test")]
         caption = (
-            f"{domain} held out. Grey: trained on; ticks below: acquisitions trained on; dashed: the unseen one. Bands: "
-            "95 % over patients."
+            f"{domain} held out. Grey: trained on; ticks below: acquisitions trained on; dashed: the unseen one. "
+            "Bands: 95 % over patients."
         )
         name = f"zoom_{domain}_{trained[0]:.3g}-{trained[1]:.3g}"
         drawn.append(Picture.drawn(name, caption, pictures.zoom, curves, trained, *marks))
