@@ -150,8 +150,7 @@ def _calibration(test: dict, temperature: float, source: str) -> list:
         f"T={temperature:.2f}": test["probability"],
         f"oracle: T={oracle:.2f}, fitted on these very rows": metrics.apply_temperature(test["logits"], oracle)[:, 1],
     }
-    names = ("brier", "log_loss", "expected_calibration_error", "debiased_calibration_error")
-    names += ("smooth_calibration_error",)
+    names = ("brier", "log_loss", "expected_calibration_error")
     rows = []
     for kind, p in kinds.items():
         parts = metrics.corp_decomposition(label, p, weight)
@@ -233,7 +232,7 @@ def _by(test: dict, name: str) -> list:
         weight = metrics.patient_weights(mine["patient"])
         of_rows = mine["label"], mine["probability"], weight
         figures = [*_at(mine, 0.5), metrics.auc(*of_rows), metrics.brier(*of_rows)]
-        shown = domain_name(value.item()) if name == "domain" else str(value)
+        shown = domain_name(value) if name == "domain" else str(value)
         counts = [str(len(mine["label"])), str(len(set(mine["patient"])))]
         rows.append([shown, *counts, *("-" if np.isnan(v) else f"{v:.3f}" for v in figures)])
     head = [name, "images", "patients", "sensitivity", "specificity", "AUC", "Brier"]
