@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from magnification_invariant.metrics.classification import check_binary
+from magnification_invariant.metrics.classification import check_binary, register
 
 TEMPERATURE_RANGE = (0.25, 8.0)
 """No temperature outside it is fitted: a few dozen validation patients cannot support one."""
@@ -69,6 +69,7 @@ def reliability_curve(
     return ReliabilityCurve(predicted[held] / total, observed[held] / total, total, total**2 / square[held])
 
 
+@register
 def expected_calibration_error(
     y_true: ArrayLike, y_prob: ArrayLike, sample_weight: ArrayLike | None = None, n_bins: int = 15
 ) -> float:
@@ -83,51 +84,6 @@ def expected_calibration_error(
     """
     curve = reliability_curve(y_true, y_prob, sample_weight, n_bins)
     return float(curve.weight @ np.abs(curve.predicted - curve.observed))
-
-
-def debiased_calibration_error(
-    y_true: ArrayLike, y_prob: ArrayLike, sample_weight: ArrayLike | None = None, n_bins: int = 15
-) -> float:
-    """Root of the debiased squared calibration error of Kumar, Liang and Ma (NeurIPS 2019).
-
-    `sum_b W_b [(p_b - y_b)^2 - y_b (1 - y_b) / (n_b - 1)]` over the bins of `expected_calibration_error`, n_b the
-    effective number of rows; negative sums are 0. It assumes independent rows, so with many images of one patient
-    some upward bias stays.
-    """
-    curve = reliability_curve(y_true, y_prob, sample_weight, n_bins)
-    noise = curve.observed * (1 - curve.observed) / np.maximum(curve.rows - 1, 1e-12)
-    noise[curve.rows <= 1 + 1e-9] = 0  # one row says nothing of its own noise, and its share of malignant is 0 or 1
-    return float(np.sqrt(max(curve.weight @ ((curve.predicted - curve.observed) ** 2 - noise), 0.0)))
-
-
-def smooth_calibration_error(
-    y_true: ArrayLike, y_prob: ArrayLike, sample_weight: ArrayLike | None = None, n_cells: int = 1000
-) -> float:
-    """Smooth ECE of Blasiok and Nakkiran (2023), free of bins.
-
-    The weighted residuals `y_prob - y_true` are smoothed over [0, 1] by a Gaussian reflected at both ends; `smECE(s)`
-    is the integral of their absolute value at width s, and the figure is the s with `smECE(s) = s`.
-
-    Args:
-        y_true: (n,) labels.
-        y_prob: (n,) probabilities of malignant.
-        sample_weight: (n,) weights.
-        n_cells: Cells of the grid on [0, 1]; the result is no finer than half a cell.
-    """
-    from scipy.fft import dct, idct
-    from scipy.optimize import brentq
-
-    positive, prob, weight = check_binary(y_true, y_prob, sample_weight)
-    cell = np.minimum((prob * n_cells).astype(int), n_cells - 1)
-    # Cosines are what the reflected Gaussian only scales, so that smoothing is one product.
-    spectrum = dct(np.bincount(cell, weight * (prob - positive), minlength=n_cells))
-    frequency = np.pi * np.arange(n_cells)
-
-    def excess(width: float) -> float:
-        return float(np.abs(idct(spectrum * np.exp(-((frequency * width) ** 2) / 2))).sum()) - width
-
-    narrow = 0.5 / n_cells
-    return brentq(excess, narrow, 1.5, xtol=1e-9) if excess(narrow) > 0 else excess(narrow) + narrow
 
 
 def corp_decomposition(
@@ -154,11 +110,6 @@ def corp_decomposition(
     return BrierDecomposition(score, score - recalibrated, base - recalibrated, base)
 
 
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    exp = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return exp / exp.sum(axis=1, keepdims=True)
-
-
 def _check_logits(logits: ArrayLike) -> np.ndarray:
     logits = np.asarray(logits, np.float64)
     if logits.ndim != 2 or logits.shape[0] < 1 or logits.shape[1] < 2:
@@ -178,9 +129,11 @@ def apply_temperature(logits: ArrayLike, temperature: float) -> np.ndarray:
     Returns:
         (n, classes) probabilities.
     """
+    from scipy.special import softmax
+
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, not {temperature}")
-    return _softmax(_check_logits(logits) / temperature)
+    return softmax(_check_logits(logits) / temperature, axis=1)
 
 
 def fit_temperature(logits: ArrayLike, y_true: ArrayLike, sample_weight: ArrayLike | None = None) -> float:
@@ -199,6 +152,7 @@ def fit_temperature(logits: ArrayLike, y_true: ArrayLike, sample_weight: ArrayLi
         The temperature.
     """
     from scipy.optimize import brentq
+    from scipy.special import softmax
 
     logits, y_true = _check_logits(logits), np.asarray(y_true)
     if y_true.shape != logits.shape[:1] or not np.isin(y_true, np.arange(logits.shape[1])).all():
@@ -209,7 +163,7 @@ def fit_temperature(logits: ArrayLike, y_true: ArrayLike, sample_weight: ArrayLi
     right = logits[np.arange(len(logits)), y_true.astype(int)]
 
     def slope(inverse: float) -> float:
-        return float(weight @ ((_softmax(inverse * logits) * logits).sum(axis=1) - right))
+        return float(weight @ ((softmax(inverse * logits, axis=1) * logits).sum(axis=1) - right))
 
     coldest, hottest = TEMPERATURE_RANGE
     if slope(1 / hottest) >= 0:

@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from magnification_invariant.metrics.classification import patient_weights
-from magnification_invariant.metrics.intervals import METRICS
+from magnification_invariant.metrics.classification import METRICS, patient_weights
 
 
 @cache

@@ -35,12 +35,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from magnification_invariant.metrics.calibration import (
-    debiased_calibration_error,
-    expected_calibration_error,
-    smooth_calibration_error,
-)
 from magnification_invariant.metrics.classification import (
+    METRICS,
     accuracy,
     auc,
     average_precision,
@@ -52,19 +48,10 @@ from magnification_invariant.metrics.classification import (
     patient_weights,
 )
 
-METRICS: dict[str, Callable[..., float]] = {
-    "auc": auc,
-    "average_precision": average_precision,
-    "f1": f1,
-    "accuracy": accuracy,
-    "balanced_accuracy": balanced_accuracy,
-    "brier": brier,
-    "log_loss": log_loss,
-    "expected_calibration_error": expected_calibration_error,
-    "debiased_calibration_error": debiased_calibration_error,
-    "smooth_calibration_error": smooth_calibration_error,
-}
-"""Metrics by name, all of the form `(y_true, y_prob, sample_weight=None) -> float`."""
+
+def _surprise(y: np.ndarray, p: np.ndarray) -> np.ndarray:
+    eps = np.finfo(np.float64).eps
+    return -np.log(np.clip(np.where(y, p, 1 - p), eps, 1 - eps))
 
 
 def _confusion(y: np.ndarray, p: np.ndarray) -> list[np.ndarray]:
@@ -72,16 +59,29 @@ def _confusion(y: np.ndarray, p: np.ndarray) -> list[np.ndarray]:
     return [y & called, y & ~called, ~y & called, ~y & ~called]
 
 
-# Metrics that follow from weighted sums over rows: what is summed, and the figure. The sums of a patient are made once.
+# scikit-learn checks its input at every call, which is too slow for thousands of redrawn patients. Metrics that follow
+# from weighted sums over rows: what is summed, once for each patient, and the figure.
 _SUMS = {
     brier: (lambda y, p: [np.ones(len(y)), (p - y) ** 2], lambda n, e: e / n),
+    log_loss: (lambda y, p: [np.ones(len(y)), _surprise(y, p)], lambda n, e: e / n),
     accuracy: (_confusion, lambda tp, fn, fp, tn: (tp + tn) / (tp + fn + fp + tn)),
     f1: (_confusion, lambda tp, fn, fp, tn: 2 * tp / (2 * tp + fp + fn)),
     balanced_accuracy: (_confusion, lambda tp, fn, fp, tn: (tp / (tp + fn) + tn / (tn + fp)) / 2),
 }
 
+
+def _average_precision(y: np.ndarray, score: np.ndarray, weight: np.ndarray) -> float:
+    """`average_precision` of checked columns, for loops."""
+    _, rank = np.unique(-score, return_inverse=True)
+    malignant, seen = np.bincount(rank, weight * y), np.cumsum(np.bincount(rank, weight))
+    precision = np.divide(np.cumsum(malignant), seen, out=np.zeros_like(seen), where=seen > 0)
+    return float(malignant @ precision / malignant.sum()) if malignant.any() else float("nan")
+
+
 FEWEST_PATIENTS = 8
 """Patients of each class that an interval takes: below, no method that was tried covers what it claims."""
+
+TAILS, SEED = (0.025, 0.975), 0  # of every interval; of every bootstrap and permutation test, so that tables come again
 
 
 class Interval(NamedTuple):
@@ -109,6 +109,7 @@ class _Patients:
         if not callable(self.metric):
             raise ValueError(f"no metric is called {metric!r}; there are {', '.join(METRICS)}, or pass a function")
         self.is_auc = self.metric is auc
+        self.of_rows = _average_precision if self.metric is average_precision else self.metric
         scores = self.metric in (auc, average_precision) or self.metric not in METRICS.values()
         checked = [check_binary(y_true, prob, scores=scores) for prob in y_probs]
         self.y, self.probs = checked[0][0], [prob for _, prob, _ in checked]
@@ -142,10 +143,10 @@ class _Patients:
         for rows in self.runs:
             above, below = rows[self.y[rows]], rows[~self.y[rows]]
             for patient in np.unique(self.patient[below]):
-                mine = below[self.patient[below] == patient]
-                rivals, scores = np.sort(benign[mine]), malignant[above]
+                own = below[self.patient[below] == patient]
+                rivals, scores = np.sort(benign[own]), malignant[above]
                 beaten = (np.searchsorted(rivals, scores, "left") + np.searchsorted(rivals, scores, "right")) / 2
-                beaten *= self.weight[above] * self.weight[mine[0]]
+                beaten *= self.weight[above] * self.weight[own[0]]
                 wins[:, patient] += np.bincount(self.patient[above], beaten, minlength=self.count)
         return wins
 
@@ -167,7 +168,7 @@ class _Patients:
                 return ((times @ wins) * times).sum(axis=1) / ((times @ self.pairs) * times).sum(axis=1)
         if self.metric in _SUMS:
             return self.of_sums(times @ self.sums(prob))
-        return np.array([self.metric(self.y, prob, weight) for weight in times[:, self.patient] * self.weight])
+        return np.array([self.of_rows(self.y, prob, weight) for weight in times[:, self.patient] * self.weight])
 
     def variance(self, probs: list[np.ndarray], values: np.ndarray) -> float:
         """Variance of the figure, or of the difference of two, under new patients."""
@@ -188,9 +189,9 @@ class _Patients:
             (group.sum() - 1) * float(np.var(left[group])) for group in (self.malignant, ~self.malignant) if group.any()
         )
 
-    def redraws(self, n_draws: int, seed: int) -> np.ndarray:
+    def redraws(self, n_draws: int) -> np.ndarray:
         """How often each patient is drawn, with replacement within their class: (n_draws, patients)."""
-        rng, times = np.random.default_rng(seed), np.zeros((n_draws, self.count))
+        rng, times = np.random.default_rng(SEED), np.zeros((n_draws, self.count))
         for group in (np.flatnonzero(self.malignant), np.flatnonzero(~self.malignant)):
             if len(group):
                 times[:, group] = rng.multinomial(len(group), np.full(len(group), 1 / len(group)), size=n_draws)
@@ -223,22 +224,18 @@ def cluster_interval(
     method: str | None = None,
     *,
     n_draws: int = 2000,
-    seed: int = 0,
-    level: float = 0.95,
     runs: ArrayLike | None = None,
 ) -> Interval:
-    """Estimates a patient-balanced metric with an interval over patients.
+    """Estimates a patient-balanced metric with its 95 % interval over patients.
 
     Args:
         metric: A name of `METRICS`, or a function `(y_true, y_prob, sample_weight) -> float`.
         y_true: (n,) labels, 1 = malignant.
         y_prob: (n,) probabilities of malignant.
         groups: (n,) patient of each row.
-        method: "t" or "bootstrap"; None takes "t" for the metrics of this package and the bootstrap for functions of
-            the caller's, which need not be smooth in the weights.
+        method: "t" or "bootstrap"; None takes "t" for `METRICS` and the bootstrap for functions of the caller's, which
+            need not be smooth in the weights.
         n_draws: Draws of the bootstrap.
-        seed: Seed of the bootstrap.
-        level: Nominal coverage.
         runs: (n,) run that each row is of, where the rows are those of several models or test domains: a fold, a seed,
             a held-out magnification. A patient weighs 1 in each of their runs and is one cluster over all of them. The
             AUC counts only pairs of one run, pooled by their weight: scores of different models are not on one scale.
@@ -258,25 +255,30 @@ def cluster_interval(
     if sample.too_few():
         return Interval(value, float("nan"), float("nan"))
     if method == "bootstrap":
-        low, high = np.quantile(sample.figures(prob, sample.redraws(n_draws, seed)), _tails(level))
+        low, high = np.quantile(sample.figures(prob, sample.redraws(n_draws)), TAILS)
         return Interval(value, float(low), float(high))
 
+    return Interval(value, *_t_bounds(sample, value))
+
+
+def _t_bounds(sample: _Patients, value: float) -> tuple[float, float]:
+    """Bounds of the "t" method around the figure of a single model."""
     from scipy.special import expit, logit
 
     if sample.metric is log_loss and round(value, 12) == 0:
-        return Interval(value, 0.0, float("inf"))
+        return 0.0, float("inf")
     bounded = sample.metric in METRICS.values() and sample.metric is not log_loss
     if bounded and round(value, 12) in (0.0, 1.0):  # sums of weights end a bit off
-        slack = _tails(level)[0] ** (1 / sample.smaller)
-        return Interval(value, slack, 1.0) if value > 0.5 else Interval(value, 0.0, 1 - slack)
-    half = _half_width(sample, [prob], np.array([value]), level)
+        slack = TAILS[0] ** (1 / sample.smaller)
+        return (slack, 1.0) if value > 0.5 else (0.0, 1 - slack)
+    ends = np.array([-1, 1]) * _half_width(sample, sample.probs, np.array([value]))
     if sample.metric is log_loss:
-        low, high = np.exp(np.log(value) + np.array([-half, half]) / value)
+        low, high = np.exp(np.log(value) + ends / value)
     elif bounded:
-        low, high = expit(logit(value) + np.array([-half, half]) / (value * (1 - value)))
+        low, high = expit(logit(value) + ends / (value * (1 - value)))
     else:
-        low, high = value - half, value + half
-    return Interval(value, float(low), float(high))
+        low, high = value + ends
+    return float(low), float(high)
 
 
 def paired_difference(
@@ -288,11 +290,9 @@ def paired_difference(
     method: str | None = None,
     *,
     n_draws: int = 2000,
-    seed: int = 0,
-    level: float = 0.95,
     runs: ArrayLike | None = None,
 ) -> Difference:
-    """Compares two models on the same rows: metric of a minus metric of b.
+    """Compares two models on the same rows: metric of a minus metric of b, with its 95 % interval and a p-value.
 
     The p-value is that of a permutation test: under the null hypothesis the models are exchangeable, so all of a
     patient's predictions may be swapped between them (`n_draws` random sets of patients, two-sided, the observed one
@@ -311,8 +311,6 @@ def paired_difference(
         groups: (n,) patient of each row.
         method: As in `cluster_interval`; no scale transform is used for differences.
         n_draws: Draws of the bootstrap and of the permutation test.
-        seed: Seed of both.
-        level: Nominal coverage.
         runs: As in `cluster_interval`; a patient's predictions are swapped in all of them together.
 
     Returns:
@@ -325,14 +323,14 @@ def paired_difference(
     method, probs = sample.method(method), sample.probs
     values = np.array([sample.figures(prob, np.ones((1, sample.count)))[0] for prob in probs])
     difference = float(values[0] - values[1])
-    p_value = _swap_test(sample, difference, n_draws, seed)
+    p_value = _swap_test(sample, difference, n_draws)
     if sample.too_few():
         return Difference(difference, float("nan"), float("nan"), p_value)
     if method == "bootstrap":
-        times = sample.redraws(n_draws, seed)
-        low, high = np.quantile(sample.figures(probs[0], times) - sample.figures(probs[1], times), _tails(level))
+        times = sample.redraws(n_draws)
+        low, high = np.quantile(sample.figures(probs[0], times) - sample.figures(probs[1], times), TAILS)
         return Difference(difference, float(low), float(high), p_value)
-    half = _half_width(sample, probs, values, level)
+    half = _half_width(sample, probs, values)
     return Difference(difference, difference - half, difference + half, p_value)
 
 
@@ -346,24 +344,18 @@ def holm(p_values: ArrayLike) -> np.ndarray:
     return result
 
 
-def _tails(level: float) -> tuple[float, float]:
-    if not 0 < level < 1:
-        raise ValueError(f"level must lie between 0 and 1, not {level}")
-    return (1 - level) / 2, (1 + level) / 2
-
-
-def _half_width(sample: _Patients, probs: list[np.ndarray], values: np.ndarray, level: float) -> float:
+def _half_width(sample: _Patients, probs: list[np.ndarray], values: np.ndarray) -> float:
     from scipy.stats import t
 
-    return float(t.ppf(_tails(level)[1], sample.smaller - 1) * np.sqrt(max(sample.variance(probs, values), 0.0)))
+    return float(t.ppf(TAILS[1], sample.smaller - 1) * np.sqrt(max(sample.variance(probs, values), 0.0)))
 
 
-def _swap_test(sample: _Patients, difference: float, n_draws: int, seed: int) -> float:
+def _swap_test(sample: _Patients, difference: float, n_draws: int) -> float:
     """Two-sided p-value from swapping whole patients between the two models."""
     if not np.isfinite(difference):
         return float("nan")
     a, b = sample.probs
-    swap = np.random.default_rng(seed).random((n_draws, sample.count)) < 0.5
+    swap = np.random.default_rng(SEED).random((n_draws, sample.count)) < 0.5
     keep_or_swap = 1.0 - swap, swap.astype(np.float64)
     if sample.is_auc:
         from scipy.stats import rankdata
@@ -386,8 +378,8 @@ def _swap_test(sample: _Patients, difference: float, n_draws: int, seed: int) ->
     else:
         drawn = np.array(
             [
-                sample.metric(sample.y, np.where(row, b, a), sample.weight)
-                - sample.metric(sample.y, np.where(row, a, b), sample.weight)
+                sample.of_rows(sample.y, np.where(row, b, a), sample.weight)
+                - sample.of_rows(sample.y, np.where(row, a, b), sample.weight)
                 for row in swap[:, sample.patient]
             ]
         )

@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from magnification_invariant.metrics.calibration import apply_temperature, fit_temperature
-from magnification_invariant.metrics.classification import auc, log_loss, patient_weights
-from magnification_invariant.metrics.intervals import METRICS
+from magnification_invariant.metrics.classification import METRICS, auc, log_loss, patient_weights
 
 # part that is looked at, and what is to be large there
 SELECTION_RULES = {
@@ -70,7 +69,7 @@ def selected_scores(
     """
     columns = {name: np.asarray(records[name]) for name in ("epoch", "part", "label", "patient")}
     logits = np.stack([np.asarray(row, np.float64) for row in np.asarray(records["logits"])])
-    found = {}
+    scores = {}
     for rule in SELECTION_RULES:
         epoch = select_epoch(rule, records)
         val, test = ((columns["epoch"] == epoch) & (columns["part"] == name) for name in ("val", part))
@@ -79,6 +78,6 @@ def selected_scores(
         if calibrated:
             temperature = fit_temperature(logits[val], columns["label"][val], patient_weights(columns["patient"][val]))
         probability = apply_temperature(logits[test], temperature)[:, 1]
-        scores = {name: metric(label, probability, sample_weight=weight) for name, metric in METRICS.items()}
-        found[rule] = {"epoch": epoch, "temperature": temperature, **scores}
-    return found
+        of_rule = {name: metric(label, probability, weight) for name, metric in METRICS.items()}
+        scores[rule] = {"epoch": epoch, "temperature": temperature, **of_rule}
+    return scores

@@ -5,7 +5,6 @@ chance looks rarer than it is. All of this compares *indices*, which only mean t
 backbone.
 """
 
-from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -40,12 +39,6 @@ def chance_jaccard(size_a: int, size_b: int, n_dimensions: int) -> float:
     return overlap / (size_a + size_b - overlap) if size_a + size_b else float("nan")
 
 
-def mean_pairwise_jaccard(selected: ArrayLike) -> float:
-    """Mean Jaccard index over all pairs of rows of `selected` (M, d); NaN if any pair is empty."""
-    selected = _check_selected(selected)
-    return float(np.mean([jaccard(a, b) for a, b in combinations(selected, 2)]))
-
-
 def nogueira(selected: ArrayLike, level: float = 0.95) -> Stability:
     """Stability of feature selection, corrected for chance, with an asymptotic interval.
 
@@ -66,7 +59,10 @@ def nogueira(selected: ArrayLike, level: float = 0.95) -> Stability:
     """
     from scipy.stats import norm
 
-    selected = _check_selected(selected).astype(np.float64)
+    selected = np.asarray(selected)
+    if selected.ndim != 2 or selected.shape[0] < 2 or not np.isin(selected, (0, 1)).all():
+        raise ValueError(f"selected must be a boolean matrix (signatures >= 2, dimensions), not {selected.shape}")
+    selected = selected.astype(np.float64)
     n_sets, d = selected.shape
     frequency, size = selected.mean(axis=0), selected.sum(axis=1)
     share = frequency.mean()
@@ -79,10 +75,3 @@ def nogueira(selected: ArrayLike, level: float = 0.95) -> Stability:
     ) / random
     half = norm.ppf((1 + level) / 2) * 2 / n_sets * np.sqrt(np.sum((influence - influence.mean()) ** 2))
     return Stability(float(value), float(value - half), float(value + half))
-
-
-def _check_selected(selected: ArrayLike) -> np.ndarray:
-    selected = np.asarray(selected)
-    if selected.ndim != 2 or selected.shape[0] < 2 or not np.isin(selected, (0, 1)).all():
-        raise ValueError(f"selected must be a boolean matrix (signatures >= 2, dimensions), not {selected.shape}")
-    return selected.astype(bool)
