@@ -162,9 +162,7 @@ class SignatureProjector:
         if kind == "pyramid":
             width = 2 * sum(stage["num_chs"] for stage in model.feature_info[1:])
         if width != self.width:
-            raise ValueError(
-                f"this signature takes {kind!r} embeddings of width {self.width}, the model's have {width}"
-            )
+            raise ValueError(f"this signature takes {kind!r} embeddings of {self.width} dimensions, not {width}")
         if self.weights_sha256 not in (None, weights_digest(model)):
             raise ValueError(
                 f"these are not the weights of {self.source!r}, which this signature belongs to: its indices mean "
@@ -220,10 +218,7 @@ class SignatureProjector:
         except FileNotFoundError as error:
             if not Path(repo_or_folder).expanduser().is_dir():
                 raise
-            raise FileNotFoundError(
-                f"{error}: the signature of a model is {JSON_FILE} and {WEIGHTS_FILE} beside it; copy both from where "
-                "it was trained, or make them (SparseSignature, SignatureProjector.from_signature, save_pretrained)"
-            ) from None
+            raise FileNotFoundError(f"{error}, and a signature is {JSON_FILE} and {WEIGHTS_FILE}: {_WAY_ON}") from None
         attributes, arrays = _content(file, read_json), _content(weights, load_file)
         if not isinstance(attributes, dict) or attributes.pop("format", None) != FORMAT:
             raise ValueError(f"{file} is not of format {FORMAT}: update magnification_invariant, or {_WAY_ON}")
