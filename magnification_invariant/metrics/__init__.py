@@ -24,31 +24,8 @@ from magnification_invariant.metrics.invariance import domain_probe, linear_cka,
 from magnification_invariant.metrics.selection import SELECTION_RULES, select_epoch, selected_scores
 from magnification_invariant.metrics.stability import chance_jaccard, jaccard, nogueira
 
-__all__ = [
-    "METRICS",
-    "SELECTION_RULES",
-    "accuracy",
-    "apply_temperature",
-    "auc",
-    "average_precision",
-    "balanced_accuracy",
-    "brier",
-    "chance_jaccard",
-    "cluster_interval",
-    "corp_decomposition",
-    "domain_probe",
-    "expected_calibration_error",
-    "f1",
-    "fit_temperature",
-    "holm",
-    "jaccard",
-    "linear_cka",
-    "log_loss",
-    "nogueira",
-    "paired_difference",
-    "patient_weights",
-    "probe_difference",
-    "reliability_curve",
-    "select_epoch",
-    "selected_scores",
-]
+__all__ = ["METRICS", "accuracy", "auc", "average_precision", "balanced_accuracy", "brier", "f1", "log_loss"]
+__all__ += ["apply_temperature", "corp_decomposition", "expected_calibration_error", "fit_temperature"]
+__all__ += ["cluster_interval", "holm", "paired_difference", "patient_weights", "reliability_curve"]
+__all__ += ["SELECTION_RULES", "domain_probe", "linear_cka", "probe_difference", "select_epoch", "selected_scores"]
+__all__ += ["chance_jaccard", "jaccard", "nogueira"]

@@ -49,13 +49,9 @@ class BrierDecomposition(NamedTuple):
 def reliability_curve(
     y_true: ArrayLike, y_prob: ArrayLike, sample_weight: ArrayLike | None = None, n_bins: int = 15
 ) -> ReliabilityCurve:
-    """Bins rows by probability into bins of equal weight.
+    """Bins rows by rising probability into bins of about equal weight.
 
-    Rows of one probability always share a bin, so the order of the rows cannot matter and a constant prediction makes
-    one bin; bins are then only about equal.
-
-    Returns:
-        The points, by rising probability.
+    Rows of one probability always share a bin: the order of the rows cannot matter, a constant prediction is one bin.
     """
     positive, prob, weight = check_binary(y_true, y_prob, sample_weight)
     _, value = np.unique(prob, return_inverse=True)
@@ -75,12 +71,9 @@ def expected_calibration_error(
 ) -> float:
     """Expected calibration error: `sum_b W_b |mean probability of malignant - share of malignant|`.
 
-    Bins hold equal weight and are cut on the probability of malignant, not on the confidence of the predicted class:
-    figures of the other definition (Guo et al. 2017; equal width, `max(p, 1 - p)` against accuracy) differ on the same
-    predictions. A plug-in figure: noise in the bins biases it upwards, so compare it only between equal samples.
-
-    Returns:
-        A figure in [0, 1].
+    Bins are those of `reliability_curve`, on the probability of malignant and not on the confidence of the predicted
+    class: figures of the other definition (Guo et al. 2017; equal width, `max(p, 1 - p)` against accuracy) differ on
+    the same predictions. Noise in the bins biases it upwards, so compare it only between equal samples.
     """
     curve = reliability_curve(y_true, y_prob, sample_weight, n_bins)
     return float(curve.weight @ np.abs(curve.predicted - curve.observed))
@@ -91,11 +84,8 @@ def corp_decomposition(
 ) -> BrierDecomposition:
     """Decomposes the Brier score without bins (CORP; Dimitriadis, Gneiting and Jordan, PNAS 2021).
 
-    With c the isotonic regression of `y_true` on `y_prob` and ybar the base rate, miscalibration is
-    `B(p) - B(c)`, discrimination `B(ybar) - B(c)` and uncertainty `B(ybar)`.
-
-    Returns:
-        The three terms and the score; all of them are non-negative.
+    With c the isotonic regression of `y_true` on `y_prob` and ybar the base rate, miscalibration is `B(p) - B(c)`,
+    discrimination `B(ybar) - B(c)` and uncertainty `B(ybar)`, none of them negative.
     """
     from scipy.optimize import isotonic_regression
 
@@ -120,14 +110,9 @@ def _check_logits(logits: ArrayLike) -> np.ndarray:
 
 
 def apply_temperature(logits: ArrayLike, temperature: float) -> np.ndarray:
-    """Turns logits into probabilities: `softmax(logits / temperature)`.
+    """Turns logits (n, classes) into probabilities: `softmax(logits / temperature)`.
 
-    Args:
-        logits: (n, classes).
-        temperature: Above 0; 1 changes nothing, larger values soften.
-
-    Returns:
-        (n, classes) probabilities.
+    A temperature of 1 changes nothing, larger ones soften; 0 and below are a ValueError.
     """
     from scipy.special import softmax
 
@@ -137,7 +122,7 @@ def apply_temperature(logits: ArrayLike, temperature: float) -> np.ndarray:
 
 
 def fit_temperature(logits: ArrayLike, y_true: ArrayLike, sample_weight: ArrayLike | None = None) -> float:
-    """Fits the temperature that minimises the weighted log-loss (Guo et al. 2017), clipped to [0.25, 8].
+    """Fits the temperature that minimises the weighted log-loss (Guo et al. 2017), clipped to `TEMPERATURE_RANGE`.
 
     In `b = 1 / temperature` the loss is convex; its slope `sum_i w_i (E_p[z_i] - z_i[y_i])`, p = softmax(b z), is
     brought to 0 by bisection (Brent), or the bound that the slope points at is returned. Fit it on validation patients
@@ -147,9 +132,6 @@ def fit_temperature(logits: ArrayLike, y_true: ArrayLike, sample_weight: ArrayLi
         logits: (n, classes).
         y_true: (n,) class indices.
         sample_weight: (n,) weights.
-
-    Returns:
-        The temperature.
     """
     from scipy.optimize import brentq
     from scipy.special import softmax

@@ -1,12 +1,12 @@
-"""How well probabilities separate and name the two classes.
+"""How well probabilities separate and name the two classes: scikit-learn's scores, under one convention.
 
-The scores are scikit-learn's, under one convention: every function takes `y_true` (n,) with 1 = malignant (the positive class) and 0 = benign, `y_prob` (n,) with the
+Every function takes `y_true` (n,) with 1 = malignant (the positive class) and 0 = benign, `y_prob` (n,) with the
 probability of malignant, and an optional non-negative `sample_weight` (n,). With weights from `patient_weights` each
 patient counts once, however many images were taken of it.
 
 Bad input (NaN, labels other than 0 and 1, probabilities outside [0, 1], other lengths, no rows) is a ValueError. A
-figure that the rows cannot define, such as an AUC of one class, is NaN, without a warning. scikit-learn is imported by
-the first call, since it takes a second.
+figure that the rows cannot define, such as an AUC of one class, is NaN, without a warning. scikit-learn takes a second
+to import, so the first call does it.
 """
 
 from collections.abc import Callable
@@ -63,11 +63,7 @@ def check_binary(
 def patient_weights(groups: ArrayLike) -> np.ndarray:
     """Gives each image 1/n, n the number of images of its patient, so that every patient weighs 1.
 
-    Args:
-        groups: (n,) patient of each image.
-
-    Returns:
-        (n,) weights that sum to the number of patients.
+    `groups` (n,) is the patient of each image; the weights (n,) sum to the number of patients.
     """
     _, index, count = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)
     return 1.0 / count[index.ravel()]
@@ -84,13 +80,8 @@ def _score(
 ) -> float:
     """A score of scikit-learn by the conventions of this module.
 
-    Args:
-        score: It.
-        columns: y_true, y_prob and sample_weight.
-        needs: Classes without whose weight the figure is NaN.
-        called: Whether it takes classes: probabilities from 0.5 on are called malignant.
-        scores: As in `check_binary`.
-        **options: Of the score.
+    `columns` are y_true, y_prob and sample_weight; without weight in a class that it `needs`, the figure is NaN. It may
+    take what is `called` malignant (probabilities from 0.5 on) or any `scores`, see `check_binary`.
     """
     positive, prob, weight = check_binary(*columns, scores=scores)
     counted = weight > 0

@@ -3,18 +3,14 @@
 The estimand is a metric over *patients*: each image weighs 1/n of its patient (`patient_weights`). Uncertainty comes
 from the patients alone; the trained models are taken as given, so nothing here speaks of other training runs.
 
-Two methods:
-
 * "t": a standard error from how much each patient moves the figure, a scale on which the figure is closer to normal
-  (logit for figures in [0, 1], log for the log-loss, none for differences) and Student's t with
-  (patients of the smaller class - 1) degrees of freedom. For the AUC the variance is the clustered one of Obuchowski
-  (Biometrics 53, 1997), which is DeLong's if every patient has one image; for other metrics it is the jackknife over
-  patients within their class.
-* "bootstrap": percentiles over redrawn patients, within their class. It covers too little with few patients, but asks
-  nothing of the metric.
+  (logit for figures in [0, 1], log for the log-loss, none for differences) and Student's t with (patients of the
+  smaller class - 1) degrees of freedom. For the AUC the variance is the clustered one of Obuchowski (Biometrics 53,
+  1997), DeLong's if every patient has one image; for other metrics the jackknife over patients within their class.
+* "bootstrap": percentiles over redrawn patients, within their class. It asks nothing of the metric.
 
-Measured coverage of nominal 95 % intervals of the AUC (`benchmarks/interval_coverage.py`, 1,000 simulated test sets,
-25 images a patient, true AUC 0.83 / 0.95):
+Coverage of nominal 95 % intervals of the AUC (`benchmarks/interval_coverage.py`, 1,000 simulated test sets, 25 images a
+patient, true AUC 0.83 / 0.95):
 
 | benign/malignant patients | t | bootstrap |
 |---|---|---|
@@ -23,9 +19,9 @@ Measured coverage of nominal 95 % intervals of the AUC (`benchmarks/interval_cov
 | 16/54 | .96 / .95 | .93 / .90 |
 | 40/80 | .95 / .95 | .94 / .93 |
 
-"t" covered .91 to 1.0 for the other metrics from 16/54 on (.83 for the calibration error at 8/18; the bootstrap, which
-adds its own noise to an error that noise inflates, covered it as rarely as .04). Of paired differences (Brier, AUC, F1;
-400 test sets each) "t" covered .92 to .96 at 8/18 and .95 to .96 above, the bootstrap .86 to .88, .92 to .93 and .95.
+For the other metrics "t" covered .91 to 1.0 from 16/54 on (the calibration error .83 at 8/18; the bootstrap, which adds
+noise to an error that noise inflates, covered it as rarely as .04), and of paired differences (Brier, AUC, F1) .92 to
+.96 at 8/18, .95 to .96 above; the bootstrap .86 to .95.
 """
 
 import warnings
@@ -49,21 +45,16 @@ from magnification_invariant.metrics.classification import (
 )
 
 
-def _surprise(y: np.ndarray, p: np.ndarray) -> np.ndarray:
-    eps = np.finfo(np.float64).eps
-    return -np.log(np.clip(np.where(y, p, 1 - p), eps, 1 - eps))
-
-
 def _confusion(y: np.ndarray, p: np.ndarray) -> list[np.ndarray]:
-    called = p >= 0.5
-    return [y & called, y & ~called, ~y & called, ~y & ~called]
+    return [y & (p >= 0.5), y & (p < 0.5), ~y & (p >= 0.5), ~y & (p < 0.5)]
 
 
+_EPS = np.finfo(np.float64).eps
 # scikit-learn checks its input at every call, which is too slow for thousands of redrawn patients. Metrics that follow
 # from weighted sums over rows: what is summed, once for each patient, and the figure.
 _SUMS = {
-    brier: (lambda y, p: [np.ones(len(y)), (p - y) ** 2], lambda n, e: e / n),
-    log_loss: (lambda y, p: [np.ones(len(y)), _surprise(y, p)], lambda n, e: e / n),
+    brier: (lambda y, p: [y == y, (p - y) ** 2], lambda n, e: e / n),
+    log_loss: (lambda y, p: [y == y, -np.log(np.clip(np.where(y, p, 1 - p), _EPS, 1 - _EPS))], lambda n, e: e / n),
     accuracy: (_confusion, lambda tp, fn, fp, tn: (tp + tn) / (tp + fn + fp + tn)),
     f1: (_confusion, lambda tp, fn, fp, tn: 2 * tp / (2 * tp + fp + fn)),
     balanced_accuracy: (_confusion, lambda tp, fn, fp, tn: (tp / (tp + fn) + tn / (tn + fp)) / 2),
@@ -113,31 +104,27 @@ class _Patients:
         scores = self.metric in (auc, average_precision) or self.metric not in METRICS.values()
         checked = [check_binary(y_true, prob, scores=scores) for prob in y_probs]
         self.y, self.probs = checked[0][0], [prob for _, prob, _ in checked]
-        groups = np.asarray(groups)
-        if groups.shape != self.y.shape:
-            raise ValueError(f"groups must give one patient to each of {len(self.y)} rows, not shape {groups.shape}")
-        runs = np.zeros(len(self.y), int) if runs is None else np.asarray(runs)
-        if runs.shape != self.y.shape:
-            raise ValueError(f"runs must give one run to each of {len(self.y)} rows, not shape {runs.shape}")
+        groups, runs = np.asarray(groups), np.zeros(len(self.y), int) if runs is None else np.asarray(runs)
+        for name, each, column in (("groups", "patient", groups), ("runs", "run", runs)):
+            if column.shape != self.y.shape:
+                raise ValueError(f"{name} must give one {each} to each of {len(self.y)} rows, not {column.shape}")
         names, self.patient = np.unique(groups, return_inverse=True)
         labels, run = np.unique(runs, return_inverse=True)
         self.count, self.runs = len(names), [np.flatnonzero(run == k) for k in range(len(labels))]
         self.weight = patient_weights(self.patient * len(labels) + run)
-        of_run = [
-            [np.bincount(self.patient[rows], self.weight[rows] * y[rows], self.count) for rows in self.runs]
+        malignant, benign = (  # weight of each patient in each run (runs, patients)
+            np.array([np.bincount(self.patient[r], self.weight[r] * y[r], self.count) for r in self.runs])
             for y in (self.y, ~self.y)
-        ]
-        malignant, benign = (np.sum(each, axis=0) for each in of_run)
-        self.with_class = int((malignant > 0).sum()), int((benign > 0).sum())
+        )
+        self.with_class = int(malignant.any(axis=0).sum()), int(benign.any(axis=0).sum())
         self.smaller = min(self.with_class)
-        self.malignant = malignant >= benign  # the stratum of a patient; all their images, in BreaKHis
-        self.pairs = np.transpose(of_run[0]) @ np.array(of_run[1])
+        self.malignant = malignant.sum(axis=0) >= benign.sum(axis=0)  # the stratum of a patient; BreaKHis has no mixed
+        self.pairs = malignant.T @ benign
 
     def wins(self, malignant: np.ndarray, benign: np.ndarray) -> np.ndarray:
         """Weighted wins of each patient's malignant images over each patient's benign ones, (patients, patients).
 
-        Of one run's rows each, summed over runs. Computed once: any AUC over redrawn or reweighted patients is a
-        quadratic form in it.
+        Within runs, summed over them. Any AUC over redrawn or reweighted patients is a quadratic form in it.
         """
         wins = np.zeros((self.count, self.count))
         for rows in self.runs:
@@ -157,7 +144,7 @@ class _Patients:
 
     def of_sums(self, sums: np.ndarray) -> np.ndarray:
         """The metric of sums (draws, sums): (draws,)."""
-        with np.errstate(invalid="ignore", divide="ignore"):
+        with np.errstate(invalid="ignore"):
             return _SUMS[self.metric][1](*sums.T)
 
     def figures(self, prob: np.ndarray, times: np.ndarray) -> np.ndarray:
@@ -303,21 +290,11 @@ def paired_difference(
     other; to the test these differences are noise, while the interval takes the classes' numbers of patients as given.
     So p can be large where the interval leaves out 0. Conclude from what both support.
 
-    Args:
-        metric: As in `cluster_interval`.
-        y_true: (n,) labels, 1 = malignant.
-        y_prob_a: (n,) probabilities of the one model.
-        y_prob_b: (n,) probabilities of the other.
-        groups: (n,) patient of each row.
-        method: As in `cluster_interval`; no scale transform is used for differences.
-        n_draws: Draws of the bootstrap and of the permutation test.
-        runs: As in `cluster_interval`; a patient's predictions are swapped in all of them together.
+    Arguments and errors are those of `cluster_interval`, with the probabilities (n,) of two models. No scale transform
+    is used; `n_draws` are those of the test too; a patient's predictions are swapped in all their `runs` together.
 
     Returns:
         Difference, low, high, p-value. The bounds are NaN, with a warning, with fewer than 8 patients in a class.
-
-    Raises:
-        ValueError: As in `cluster_interval`.
     """
     sample = _Patients(metric, y_true, [y_prob_a, y_prob_b], groups, runs)
     method, probs = sample.method(method), sample.probs
@@ -360,10 +337,9 @@ def _swap_test(sample: _Patients, difference: float, n_draws: int) -> float:
     if sample.is_auc:
         from scipy.stats import rankdata
 
-        ranks = [np.empty(len(a)), np.empty(len(a))]
+        ranks = np.empty((2, len(a)))
         for rows in sample.runs:
-            for rank, prob in zip(ranks, (a, b), strict=True):
-                rank[rows] = rankdata(prob[rows])
+            ranks[:, rows] = rankdata([a[rows], b[rows]], axis=1)
         drawn = np.zeros(n_draws)
         for i, malignant in enumerate(ranks):
             for j, benign in enumerate(ranks):
@@ -376,11 +352,7 @@ def _swap_test(sample: _Patients, difference: float, n_draws: int) -> float:
         sums = sample.sums(a), sample.sums(b)
         drawn = sample.of_sums(keep @ sums[0] + swapped @ sums[1]) - sample.of_sums(keep @ sums[1] + swapped @ sums[0])
     else:
-        drawn = np.array(
-            [
-                sample.of_rows(sample.y, np.where(row, b, a), sample.weight)
-                - sample.of_rows(sample.y, np.where(row, a, b), sample.weight)
-                for row in swap[:, sample.patient]
-            ]
-        )
+        columns = ((np.where(row, b, a), np.where(row, a, b)) for row in swap[:, sample.patient])
+        figures = [[sample.of_rows(sample.y, prob, sample.weight) for prob in pair] for pair in columns]
+        drawn = -np.diff(figures, axis=1)[:, 0]
     return float((1 + np.sum(np.abs(drawn) >= abs(difference) - 1e-12)) / (1 + n_draws))

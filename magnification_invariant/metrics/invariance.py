@@ -13,7 +13,7 @@ from magnification_invariant.metrics.intervals import Difference, paired_differe
 
 
 class DomainProbe(NamedTuple):
-    """How well a fresh linear probe names the domain; see `domain_probe`.
+    """How well a fresh linear probe names the domain.
 
     Attributes:
         balanced_accuracy: Mean recall over domains, patients weighing the same within each.
@@ -36,7 +36,6 @@ def domain_probe(
     groups: ArrayLike,
     *,
     n_folds: int = 5,
-    strength: float = 1.0,
     n_draws: int = 2000,
     seed: int = 0,
 ) -> DomainProbe:
@@ -51,7 +50,6 @@ def domain_probe(
         domains: (n,) domain of each row, two or more of them.
         groups: (n,) patient of each row.
         n_folds: Folds over patients.
-        strength: Inverse penalty of the probe (C).
         n_draws: Draws of the bootstrap.
         seed: Seed of folds and bootstrap.
 
@@ -72,7 +70,7 @@ def domain_probe(
     for train, test in GroupKFold(n_folds, shuffle=True, random_state=seed).split(embeddings, groups=patient):
         if len(np.unique(domain[train])) < len(names):
             raise ValueError("a fold's training patients lack a domain; take fewer folds or domains with more patients")
-        probe = make_pipeline(StandardScaler(), LogisticRegression(C=strength, class_weight="balanced", max_iter=1000))
+        probe = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=1000))
         guess[test] = probe.fit(embeddings[train], domain[train]).predict(embeddings[test])
 
     count = patient.max() + 1
@@ -99,16 +97,15 @@ def probe_difference(
     """How much better the domain can be read from the one encoder than from the other, on the same rows.
 
     Args:
-        a: Probe of the one encoder, by `domain_probe`.
-        b: Probe of the other.
+        a: Of the one encoder, by `domain_probe`.
+        b: Of the other.
         y_true: (n,) class of each row, 0 or 1; patients are redrawn within their class.
         domains: (n,) as the probes were given.
         groups: (n,) as the probes were given.
         **options: n_draws of `paired_difference`.
 
     Returns:
-        Balanced accuracy of a minus that of b, with the interval and p-value of `paired_difference` over patients; the
-        fitted probes are taken as given. The bounds are NaN, with a warning, with fewer than 8 patients in a class.
+        Balanced accuracy of a minus that of b, by `paired_difference`; the fitted probes are taken as given.
     """
     _, domain = np.unique(np.asarray(domains), return_inverse=True)
 

@@ -24,13 +24,12 @@ SELECTION_RULES = {
 def select_epoch(rule: str, records: Mapping[str, ArrayLike]) -> int:
     """The epoch that a rule chooses; of several equally good ones the first.
 
-    Scores are patient-balanced and of the probabilities as recorded, before any temperature.
+    Scores are patient-balanced, of the probabilities before any temperature.
 
     Args:
         rule: "last"; "val_log_loss" or "val_auc", the best on validation patients at the training magnifications; or
             "oracle", the best AUC of the test itself.
-        records: columns epoch, part, label, probability and patient of one run, e.g. its ``predictions.parquet`` as
-            pyarrow or pandas reads it.
+        records: columns epoch, part, label, probability and patient of one run, `records.Run.predictions`.
 
     Raises:
         ValueError: unknown rule, or the part that it looks at has no rows or one class.
@@ -47,9 +46,7 @@ def select_epoch(rule: str, records: Mapping[str, ArrayLike]) -> int:
     for each in epochs:
         rows = (epoch == each) & (part == where)
         if len(np.unique(label[rows])) < 2:
-            raise ValueError(
-                f"the rule {rule} compares epochs on the part {where!r}, which has no images of two classes"
-            )
+            raise ValueError(f"the rule {rule} compares epochs on the part {where!r}: no images of two classes")
         scores.append(score(label[rows], probability[rows], patient_weights(patient[rows])))
     return int(epochs[np.argmax(scores)])
 

@@ -20,14 +20,9 @@ class Stability(NamedTuple):
 
 
 def jaccard(a: ArrayLike, b: ArrayLike) -> float:
-    """Jaccard index `|A and B| / |A or B|` of two sets of dimensions.
+    """Jaccard index `|A and B| / |A or B|` of two sets of dimensions, given as indices or as boolean masks.
 
-    Args:
-        a: Indices of the dimensions, or a boolean mask over all of them.
-        b: The same for the other set.
-
-    Returns:
-        A figure in [0, 1]; NaN for two empty sets. Chance does not score 0: see `chance_jaccard`.
+    NaN for two empty sets. Chance does not score 0: see `chance_jaccard`.
     """
     a, b = (set(np.flatnonzero(s).tolist() if s.dtype == bool else s.tolist()) for s in (np.asarray(a), np.asarray(b)))
     return len(a & b) / len(a | b) if a | b else float("nan")
