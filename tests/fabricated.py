@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from magnification_invariant.files import write_json
+from magnification_invariant.files import read_json, write_json
 from magnification_invariant.records import NORMALISED, Run, evaluate, prediction_table
 from magnification_invariant.tasks.floors import FLOORS
 
@@ -115,13 +115,10 @@ def _template(folder: Path) -> Path:
 
 def add_model(run: Run, cache: Path) -> Run:
     """Gives a run a model with a signature, untrained, of 32 pixels; made once in `cache`."""
-    from magnification_invariant.files import read_json
-
-    shutil.copytree(_template(cache / "template"), run.folder / "model", dirs_exist_ok=True)
-    config = read_json(run.folder / "model" / "config.json")
-    write_json(
-        run.folder / "model" / "config.json", config | {"name": f"{config['name']}_lomo{run.held_out}_{run.method}"}
-    )
-    shutil.copy(run.folder / "predictions.parquet", run.folder / "model")
-    write_json(run.folder / "model" / "results.json", run.results | {"record": run.config, "seconds": 60.0})
+    shutil.copytree(_template(cache / "template"), run.model, dirs_exist_ok=True)
+    config = read_json(run.model / "config.json")
+    held_out = "".join(c for c in str(run.held_out) if c.isalnum())
+    write_json(run.model / "config.json", config | {"name": f"{config['name']}_lomo{held_out}_{run.method}"})
+    shutil.copy(run.folder / "predictions.parquet", run.model)
+    write_json(run.model / "results.json", run.results | {"record": run.config, "seconds": 60.0})
     return run
