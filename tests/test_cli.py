@@ -84,7 +84,7 @@ def test_lomo_splits_by_the_file_that_split_wrote(breakhis_tree, tmp_path):
         (["--methods", "dan"], "choose from erm, dann"),
         (["--folds", "9"], "fold"),
         (["--coeff", "1"], "--coeff is an option of dann, cdann, multitask, not of erm"),
-        (["--label-smoothing", "2"], "label_smoothing is a share"),
+        (["--label-smoothing", "2"], "label_smoothing is at least 0 and at most 1"),
         (["--data", "virtual:patients=3"], "no 'patients', but n_patients"),
         (["--data", "virtual:size=350"], "size is given like size=700x460"),
         (["--data", "virtual:n_patients=many"], "n_patients is given like n_patients=40, not 'many'"),
