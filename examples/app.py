@@ -2,7 +2,7 @@
 ``magnification-invariant[app]``.
 
     python examples/app.py                                     # the packaged weights, of virtual slides
-    MODEL=runs/dann-lomo200-fold0-seed0/model python examples/app.py
+    MODEL=runs/dann-64px-lomo200-fold0-seed0/model python examples/app.py
 """
 
 import os
