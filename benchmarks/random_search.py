@@ -52,12 +52,12 @@ def settings(method: str, trial: int, epochs: int | None = None) -> dict:
 
     if trial == 0:
         return {}
-    searched = {f.name: f for kind in (FitConfig, get_task(method).Options) for f in fields(kind)}
-    searched = {
-        name: f for name, f in searched.items() if f.metadata.get("search") and not (epochs and name == "epochs")
-    }
-    rngs = {name: np.random.default_rng([trial, crc32(name.encode())]) for name in searched}
-    return {name: f.type(draw(f.metadata["search"], rngs[name])) for name, f in searched.items()}
+    drawn = {}
+    for option in (*fields(FitConfig), *fields(get_task(method).Options)):
+        if (search := option.metadata.get("search")) and not (epochs and option.name == "epochs"):
+            rng = np.random.default_rng([trial, crc32(option.name.encode())])
+            drawn[option.name] = option.type(draw(search, rng))
+    return drawn
 
 
 def parse_args() -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""The page in the browser, as a Hugging Face Space serves it: this file as app.py, and a requirements.txt with one line,
+"""The page in the browser, as a Hugging Face Space serves it: this file as app.py, and in requirements.txt one line,
 ``magnification-invariant[app]``.
 
     python examples/app.py                                     # the packaged weights, of virtual slides

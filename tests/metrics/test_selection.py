@@ -96,7 +96,7 @@ def test_what_cannot_be_selected_is_refused():
 
 
 def patients(*settings):
-    """Losses (settings, 4 patients) that are `base + spread` for half of the patients and `base - spread` for others."""
+    """Losses (settings, 4 patients): `base + spread` of one half of the patients, `base - spread` of the other."""
     return np.array([[base + spread, base - spread] * 2 for base, spread in settings])
 
 
