@@ -2,8 +2,9 @@
 
     python benchmarks/hub_walkthrough.py RUNS [--output docs/hub.md]
 
-RUNS is a grid of `magdg lomo` with the methods erm and dann, of any models and size. Every command below is run as it stands, in a process of its
-own; the Hub is the one of the tests, on 127.0.0.1, and no other address is reachable from them.
+RUNS is a grid of `magdg lomo` with the methods erm and dann, of any models and size. Every command below is run as it
+stands, in a process of its own; the Hub is the one of the tests, on 127.0.0.1, and no other address is reachable from
+them.
 """
 
 import argparse
