@@ -1,10 +1,11 @@
-"""Which epoch of a run counts: rules over its recorded predictions, applied after training.
+"""Which epoch of a run counts, and which setting of a method: rules over recorded predictions, applied after training.
 
-The primary rule is "last": the same number of steps for every method. The rules by source validation are rows of
-sensitivity. The oracle looks at the test and is there to show how much any rule could gain; it is never a result.
+The primary rule for epochs is "last": the same number of steps for every method. The rules by source validation are
+rows of sensitivity. The oracle looks at the test and is there to show how much any rule could gain; it is never a
+result.
 """
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -19,6 +20,45 @@ SELECTION_RULES = {
     "val_auc": ("val", auc),
     "oracle": ("test", auc),
 }
+
+
+def nested_choice(
+    losses: Mapping[tuple[Hashable, Hashable], ArrayLike], held_out: Hashable, strength: ArrayLike
+) -> int:
+    """The setting of a method that nested leave-one-domain-out chooses for a held-out domain, without looking at it.
+
+    Every other domain is scored by trainings that saw neither of the two. The setting of the least mean loss is the
+    best; the weakest counts of those that are worse by at most one standard error of the difference over patients. The
+    trainings without domains a and b serve twice: scored on b for a held out, on a for b held out.
+
+    Args:
+        losses: For (held-out domain, scored domain) the losses (settings, patients) of trainings that saw neither, the
+            same patients for all of them; infinite where a setting diverged.
+        held_out: The domain to choose for.
+        strength: (settings,) how far each departs from plain training, such as the coefficient of an adversary; of
+            equal ones the lower mean loss counts.
+
+    Returns:
+        Index of the setting.
+
+    Raises:
+        ValueError: No other domain is scored, or every setting diverged.
+
+    Source: the one-standard-error rule of Breiman et al., "Classification and Regression Trees" (1984), section 3.4.3,
+    with the standard error of paired differences.
+    """
+    scored = [np.asarray(loss, np.float64) for (unseen, _), loss in losses.items() if unseen == held_out]
+    if not scored:
+        raise ValueError(f"no training without {held_out!r} is scored on another domain")
+    loss = np.mean(scored, axis=0)
+    mean = loss.mean(1)
+    best = mean.argmin()
+    if not np.isfinite(mean[best]):
+        raise ValueError(f"every setting diverged in a training without {held_out!r}")
+    with np.errstate(invalid="ignore"):  # of what diverged, the error is no number, and the comparison false
+        worse = loss - loss[best]
+        as_good = worse.mean(1) <= worse.std(1, ddof=1) / np.sqrt(loss.shape[1])
+    return int(next(i for i in np.lexsort((mean, strength)) if as_good[i]))
 
 
 def select_epoch(rule: str, records: Mapping[str, ArrayLike]) -> int:
