@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState
+from timm.data import IMAGENET_DEFAULT_MEAN as MEAN
+from timm.data import IMAGENET_DEFAULT_STD as STD
 
 from magnification_invariant import engine
 from magnification_invariant.data.pixels import PixelCache
-from magnification_invariant.engine import MEAN, STD, FitConfig, TrainRows, fit
+from magnification_invariant.engine import FitConfig, TrainRows, fit
 from magnification_invariant.tasks import DCGAN, ERM, DegradedERM, MagGAN
 from magnification_invariant.tasks.dcgan import Generator
 from magnification_invariant.tasks.gan import FIT, examine
