@@ -18,20 +18,20 @@ from magnification_invariant.files import Busy, CannotWrite, locked, read_json, 
 def locked_elsewhere(path):
     """While the block runs, another process writes to `path`; gives its process id."""
     context = multiprocessing.get_context("fork")
-    began, end = context.Event(), context.Event()
+    here, there = context.Pipe()
 
     def hold():
         with locked(path):
-            began.set()
-            end.wait(60)
+            there.send("locked")
+            there.recv()
 
     process = context.Process(target=hold)
     process.start()
     try:
-        assert began.wait(60)
+        assert here.poll(60)
         yield process.pid
     finally:
-        end.set()
+        here.send("enough")
         process.join()
 
 
