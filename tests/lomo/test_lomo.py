@@ -145,13 +145,22 @@ def test_the_same_cell_gives_the_same_records_on_any_number_of_threads_it_is_the
 
 
 def test_identity_is_what_the_method_reads():
-    other = {"epochs": 5, "zoom": 2.0, "image_size": 64, "model": "resnet18", "calibrate": False, "embedding": "pyramid"}
+    other = {
+        "epochs": 5,
+        "zoom": 2.0,
+        "image_size": 64,
+        "model": "resnet18",
+        "calibrate": False,
+        "embedding": "pyramid",
+    }
     constant, colour = Cell("constant", 40, seed=3), Cell("colour", 40)
     assert constant.settings == constant.with_settings(other).settings == {}
     assert constant.with_settings(other).name == constant.name == "constant-lomo40-fold0"
     assert colour.settings == {"image_size": 224} and colour.with_settings(other).settings == {"image_size": 64}
     assert colour.with_settings(other).name == "colour-64px-lomo40-fold0"
-    assert constant.with_settings({"n_folds": 4}).name != constant.name != constant.with_settings({"split_seed": 1}).name
+    assert (
+        constant.with_settings({"n_folds": 4}).name != constant.name != constant.with_settings({"split_seed": 1}).name
+    )
 
     erm, dann = Cell("erm", 40), Cell("dann", 40)
     assert "coeff" not in erm.settings and dann.settings["coeff"] == 1 and erm.settings["model"] == "magerm_resnet18"
@@ -182,7 +191,7 @@ def test_several_settings_live_in_one_folder_and_one_table(ds, finished):
 
     with pytest.raises(ValueError, match="epochs was 2 and is now 3"):
         run_cell(cells[1], ds, finished.folder)
-    with pytest.raises(ValueError, match="data was .* choose another output folder"):
+    with pytest.raises(ValueError, match=r"data was .* choose another output folder"):
         run_cell(CELL, ds.select(range(31)), finished.folder)
 
 
