@@ -22,11 +22,21 @@ from magnification_invariant.models import grad_reverse
 from magnification_invariant.tasks import DANN, Player
 
 
-class NormalisedDANN(DANN):
-    """The head reads features of one length, that of a standard normal vector."""
+class OneLength(torch.nn.Module):
+    """Features (b, width) at the length of a standard normal vector."""
 
-    def domain_loss(self, pooled, target, domain):
-        return super().domain_loss(F.normalize(pooled) * pooled.shape[1] ** 0.5, target, domain)
+    def forward(self, pooled):
+        return F.normalize(pooled) * pooled.shape[1] ** 0.5
+
+
+class NormalisedDANN(DANN):
+    """The head reads features of one length."""
+
+    @classmethod
+    def create_model(cls, arch, **kwargs):
+        model = super().create_model(arch, **kwargs)
+        model.domain_head.insert(0, OneLength())
+        return model
 
 
 class BetasDANN(DANN):
@@ -44,16 +54,15 @@ class StageDANN(DANN):
     @classmethod
     def create_model(cls, arch, **kwargs):
         model = super().create_model(arch, **kwargs)
-        first = model.domain_head[0]
-        model.domain_head[0] = torch.nn.Linear(model.feature_info[-2]["num_chs"], first.out_features)
+        model.domain_head[0] = torch.nn.Linear(model.feature_info[-2]["num_chs"], model.domain_head[0].out_features)
         return model
 
     def forward(self, input, target, domain, progress, player=0):
         final, (stage,) = self.model.forward_intermediates(input, indices=[3])
         pooled = self.model.forward_head(final, pre_logits=True)
-        coeff = self._coefficient(pooled, target, domain, progress)
+        coeff = self.coefficient(pooled, target, domain, progress)
         output = self.model.get_classifier()(pooled)
-        domain_loss, _ = self.domain_loss(grad_reverse(stage.mean((2, 3)), coeff), target, domain)
+        domain_loss = self.domain_loss(self.model.domain_head(grad_reverse(stage.mean((2, 3)), coeff)), target, domain)
         class_loss = self.class_loss(output, target)
         parts = {"class_loss": class_loss.detach(), "domain_loss": domain_loss.detach(), "coeff": coeff}
         return {"loss": class_loss + domain_loss, "output": output, **parts}
@@ -97,6 +106,7 @@ def main() -> None:
         parser.error("patients from 10,000 on are for confirmation: nothing is tried on them")
 
     from magnification_invariant.data import Folds, load_virtual_slides
+    from magnification_invariant.engine import FitConfig
     from magnification_invariant.lomo.cell import Cell
     from magnification_invariant.lomo.grid import run_grid
     from magnification_invariant.report.runs import read_runs
@@ -113,14 +123,9 @@ def main() -> None:
     split = args.output_dir / "split.json"
     sides = np.split(patients, [n_train, n_train + n_val])
     fold = {name: side.tolist() for name, side in zip(("train", "val", "test"), sides, strict=True)}
-    Folds([fold | {"unused": []}]).to_json(split)
-    shared = {
-        "split": str(split),
-        "model": args.model,
-        "epochs": args.epochs,
-        "image_size": args.image_size,
-        "learning_rate": args.learning_rate,
-    }
+    Folds([fold]).to_json(split)
+    fit = FitConfig(epochs=args.epochs, image_size=args.image_size, learning_rate=args.learning_rate)
+    shared = {"split": str(split), "model": args.model, "fit": fit}
     runs = {}
     for title in args.rows:
         method, settings = ROWS[title]
@@ -136,16 +141,16 @@ def write(args: argparse.Namespace, runs: dict) -> None:
     from magnification_invariant.report.runs import difference, estimate
 
     rows = []
-    for title, of in runs.items():
-        auc, brier = (estimate(of, metric) for metric in ("auc", "brier"))
-        seen = estimate(of, "brier", "test_source").value
-        row = [title, f"{estimate(of, 'log_loss', 'val').value:.3f}", f"{auc.value:.3f}", f"{seen:.3f}"]
+    for title, group in runs.items():
+        auc, brier = (estimate(group, metric) for metric in ("auc", "brier"))
+        seen = estimate(group, "brier", "test_source").value
+        row = [title, f"{estimate(group, 'log_loss', 'val').value:.3f}", f"{auc.value:.3f}", f"{seen:.3f}"]
         row.append(f"{brier.value:.3f}")
         if title == "dann" or "dann" not in runs:
             rows.append([*row, "", ""])
             continue
-        found = difference(of, runs["dann"])
-        rows.append([*row, f"{found.difference:+.4f} [{found.low:+.4f}, {found.high:+.4f}]", f"{found.p_value:.3f}"])
+        d = difference(group, runs["dann"])
+        rows.append([*row, f"{d.difference:+.4f} [{d.low:+.4f}, {d.high:+.4f}]", f"{d.p_value:.3f}"])
     head = ["", "validation log-loss", "AUC", "Brier, seen", "Brier", "Brier minus dann's [95 %]", "p"]
     text = f"""# Ablations of adversarial training: exploratory
 

@@ -61,6 +61,8 @@ def main() -> None:
             f"a cohort has room for {COHORT_STEP} patients, and there is room for {TEST_OFFSET // COHORT_STEP}"
         )
 
+    from magnification_invariant.engine import FitConfig
+    from magnification_invariant.lomo.cell import ZOOM as ZOOM_RANGE
     from magnification_invariant.lomo.grid import make_grid, run_grid
     from magnification_invariant.predict.zoom import write_zoom_curves
     from magnification_invariant.records import ZOOM
@@ -69,29 +71,26 @@ def main() -> None:
     output = args.output_dir / f"nuisance{args.nuisance}"
     output.mkdir(parents=True, exist_ok=True)
     ds, split = slides(args, output)
-    shared = {
-        "model": None if args.arch == "resnet18" else args.arch,
-        "epochs": args.epochs,
-        "image_size": args.image_size,
-        "learning_rate": args.learning_rate,
-        "split": str(split),
-    }
+    shared = {"model": None if args.arch == "resnet18" else args.arch, "split": str(split)}
+    fit = FitConfig(epochs=args.epochs, image_size=args.image_size, learning_rate=args.learning_rate)
     settings = json.loads(args.settings.read_text()) if args.settings else {}
-    rows = [(method, zoom == "on") for zoom in args.zoom for method in args.methods]
+    rows = [(method, ZOOM_RANGE if zoom == "on" else 1.0) for zoom in args.zoom for method in args.methods]
     blocks = {}
     for seed in args.seeds:
         cells = [
-            cell.with_settings(settings.get(cell.method, {}))
+            cell.with_settings(settings_of(cell, settings))
             for method, zoom in rows
-            for cell in make_grid([method], args.held_out, range(args.cohorts), [seed], zoom=zoom, **shared)
+            for cell in make_grid(
+                [method], args.held_out, range(args.cohorts), [seed], fit=replace(fit, zoom=zoom), **shared
+            )
         ]
         blocks[seed] = list({cell.name: cell for cell in reversed(cells)}.values())[::-1]  # the floors once
-    first = {(c.method, c.zoom): c for c in reversed(blocks[args.seeds[0]]) if c.method not in FLOORS}
+    first = {(c.method, c.fit.zoom): c for c in reversed(blocks[args.seeds[0]]) if c.method not in FLOORS}
 
-    titles = {(method, zoom): method + (" + zoom" if zoom else "") for method, zoom in rows}
+    titles = {(method, zoom): method + (" + zoom" if zoom > 1 else "") for method, zoom in rows}
     print("\nFrozen recipes:")
     for row, title in titles.items():
-        print(f"  {title:16} {first[row].recipe_sha256}")
+        print(f"  {title:16} {first[row].settings_sha256}")
     seconds = {title: seconds_of(first[row], ds) for row, title in titles.items()}
     a_seed = sum(seconds.values()) * len(args.held_out) * args.cohorts / args.workers / 60
     each = ", ".join(f"{s:.0f} s ({title})" for title, s in seconds.items())
@@ -115,6 +114,12 @@ def main() -> None:
         if shown and cell.method not in FLOORS and not (folder / ZOOM).exists():
             write_zoom_curves(folder, ds)
     report(args, finished)
+
+
+def settings_of(cell, settings: dict) -> dict:
+    """A method's own, for all held-out magnifications or, by the nested rule, for each."""
+    own = settings.get(cell.method, {})
+    return own.get(str(cell.held_out), own)
 
 
 def slides(args: argparse.Namespace, output: Path):
@@ -155,22 +160,23 @@ def seconds_of(cell, ds) -> float:
     import numpy as np
     import torch
 
-    from magnification_invariant.data import Folds, PixelCache, cache_height
+    from magnification_invariant.data import Folds, PixelCache, ViewCache, cache_height
     from magnification_invariant.engine import TrainRows, fit, predict
     from magnification_invariant.tasks import get_task
 
     torch.set_num_threads(cell.threads)
     split = Folds.from_json(cell.split).split(ds, cell.held_out, cell.fold)
-    cache = PixelCache(ds, cache_height(cell.image_size, cell.fit_config.zoom))
+    size = cell.fit.image_size
+    cache, views = PixelCache(ds, cache_height(size, cell.fit.zoom)), ViewCache(ds, size)
     label, patient = np.asarray(ds["label"]), np.asarray(ds["patient"])
     domain = np.unique(np.asarray(ds["magnification"])[split.train], return_inverse=True)[1]
     method = get_task(cell.method)
     model = method.create_model(cell.model or method.arch, num_classes=2, num_domains=domain.max() + 1)
     started = time.perf_counter()
     rows = TrainRows(split.train, label[split.train], domain, patient[split.train])
-    model = fit(method(model), cache, rows, replace(cell.fit_config, epochs=1))
-    predict(model, cache, np.concatenate([split.val, split.test, split.test_source]), cell.image_size)
-    return (time.perf_counter() - started) * cell.epochs + 5  # seconds for the signature and the model's folder
+    model = fit(method(model, cell.options), cache, rows, replace(cell.fit, epochs=1))
+    predict(model, views.views, np.concatenate([split.val, split.test, split.test_source]))
+    return (time.perf_counter() - started) * cell.fit.epochs + 5  # seconds for the signature and the model's folder
 
 
 def report(args: argparse.Namespace, folders: list[Path]) -> None:

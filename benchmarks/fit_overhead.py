@@ -14,12 +14,12 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from magnification_invariant.data.augment import DRAWS, cache_height, random_view
 from timm.utils import ModelEmaV3
 
 from magnification_invariant import load_virtual_slides
 from magnification_invariant.data.pixels import PixelCache
-from magnification_invariant.engine import FitConfig, TrainRows, fit, normalise
+from magnification_invariant.data.views import DRAWS, cache_height, random_view
+from magnification_invariant.engine import FitConfig, TrainRows, fit, normalisation
 from magnification_invariant.tasks import get_task
 
 
@@ -49,6 +49,7 @@ def main() -> None:
     def bare_loop(whole_recipe: bool) -> Callable[[], None]:
         """A function that trains an epoch."""
         task = make().train()
+        mean, std = (torch.tensor(value).view(3, 1, 1) for value in normalisation(task.model))
         optimizer = torch.optim.AdamW(task.parameters(), lr=config.learning_rate, fused=True)
         ema, progress = ModelEmaV3(task.model, decay=config.ema_decay, use_warmup=True), torch.tensor(0.5)
 
@@ -58,7 +59,7 @@ def main() -> None:
                 chosen = order[torch.arange(step * config.batch_size, (step + 1) * config.batch_size) % len(rows)]
                 draws = torch.rand(config.batch_size, DRAWS)
                 view = random_view(cache.pixels[chosen], draws, config.image_size, stain=config.stain)
-                loss = task(normalise(view), target[chosen], domain[chosen], progress)["loss"]
+                loss = task((view - mean) / std, target[chosen], domain[chosen], progress)["loss"]
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 if whole_recipe:

@@ -29,13 +29,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from magnification_invariant.data.augment import DRAWS, cache_height, input_mpp, random_view
 from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.utils import ModelEmaV3
 
-from magnification_invariant.data.pixels import PixelCache
+from magnification_invariant.data.pixels import PixelCache, ViewCache
 from magnification_invariant.data.splits import leave_one_magnification_out
-from magnification_invariant.engine import MEAN, STD, FitConfig, TrainRows, fit, normalise, predict
+from magnification_invariant.data.views import DRAWS, cache_height, field_mpp, random_view
+from magnification_invariant.engine import FitConfig, TrainRows, fit, predict
 from magnification_invariant.tasks import MagGAN, Task, get_task
 from magnification_invariant.virtual_slides import render_field, virtual_field
 
@@ -80,13 +81,14 @@ def main() -> None:
         before = time.perf_counter()
         cache = PixelCache(table, cache_height(args.image_size), folder=Path(folder) / "cache")
         building = time.perf_counter() - before
+        views = ViewCache(table, args.image_size, folder=Path(folder) / "cache")
         size = cache.pixels.nbytes / 1e9
         say(f"cache built in {building:.1f} s ({args.images / building:.0f} images/s, {size:.2f} GB)")
         throughput(table, cache, building, accelerator, args, say)
         if device.type == "cuda":
             say(f"the host waited {waits(table, cache, accelerator, args):.2f} times a step")
             torch.cuda.reset_peak_memory_stats()
-        grid(table, cache, accelerator, args, say)
+        grid(table, cache, views, accelerator, args, say)
     if device.type == "cuda":
         say(f"peak memory of the grid on the GPU: {torch.cuda.max_memory_reserved() / 1e9:.2f} GB, cache included")
     say(f"peak memory of the host: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
@@ -120,7 +122,7 @@ def make_table(folder: Path, n: int) -> dict[str, list]:
 def make_task(method: str, args, **options) -> Task:
     torch.manual_seed(0)
     kind = get_task(method)
-    return kind(kind.create_model(args.arch or kind.arch, num_classes=2, num_domains=3), **options)
+    return kind(kind.create_model(args.arch or kind.arch, num_classes=2, num_domains=3), kind.Options(**options))
 
 
 def train_rows(table: dict, index: np.ndarray) -> TrainRows:
@@ -148,7 +150,8 @@ def throughput(table, cache, building: float, accelerator, args, say: Callable[[
     loader = timm_loader(table, args, device)
 
     def fixed(bare: BareStep, augment: bool) -> float:
-        view = normalise(random_view(stored, torch.rand(args.batch_size, DRAWS, device=device), args.image_size))
+        draws = torch.rand(args.batch_size, DRAWS, device=device)
+        view = plain.normalised(random_view(stored, draws, args.image_size))
         return clocked(device, lambda: [bare(stored if augment else view, augment) for _ in range(steps)])
 
     def from_timm() -> float:
@@ -190,11 +193,16 @@ class BareStep:
         self.label = torch.arange(config.batch_size, device=device) % 2
         self.domain = torch.arange(config.batch_size, device=device) % 3
         self.progress = torch.tensor(0.5, device=device)
+        normalisation = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+        self.mean, self.std = (torch.tensor(value, device=device).view(3, 1, 1) for value in normalisation)
         self.loss = torch.compile(self._loss) if config.compile else self._loss
+
+    def normalised(self, view: torch.Tensor) -> torch.Tensor:
+        return (view - self.mean) / self.std
 
     def _loss(self, images: torch.Tensor, draws: torch.Tensor | None) -> torch.Tensor:
         if draws is not None:
-            images = normalise(random_view(images, draws, self.config.image_size, stain=self.config.stain))
+            images = self.normalised(random_view(images, draws, self.config.image_size, stain=self.config.stain))
         with torch.autocast(self.device.type, torch.bfloat16):
             return self.task(images, self.label, self.domain, self.progress)["loss"]
 
@@ -223,8 +231,8 @@ def timm_loader(table, args, device: torch.device):
         input_size=(3, args.image_size, args.image_size),
         batch_size=args.batch_size,
         is_training=True,
-        mean=MEAN,
-        std=STD,
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
         interpolation="bilinear",
         num_workers=0 if args.smoke else os.cpu_count(),
         persistent_workers=not args.smoke,
@@ -265,7 +273,7 @@ def waits(table, cache, accelerator, args) -> float:
 # ------------------------------------------------------------------------------------------------------------- grid
 
 
-def grid(table, cache, accelerator, args, say: Callable[[str], None]) -> None:
+def grid(table, cache, views, accelerator, args, say: Callable[[str], None]) -> None:
     """Trains every cell of one seed and fold; the seconds of each, and of all."""
     first, seconds, prepared = time.perf_counter(), {method: [] for method in METHODS}, []
     for held_out in args.held_outs:
@@ -284,14 +292,14 @@ def grid(table, cache, accelerator, args, say: Callable[[str], None]) -> None:
             def view(index: np.ndarray, size: int) -> tuple[torch.Tensor, np.ndarray]:
                 draws = torch.rand(len(index), DRAWS).to(accelerator.device)
                 images = cache.take(torch.from_numpy(index), accelerator.device)
-                return random_view(images, draws, size), input_mpp(cache.mpp[index], cache.height, size)
+                return random_view(images, draws, size), field_mpp(cache.native_mpp, cache.short_side, size)[index]
 
             task.prepare(rows, fit_first, view, ["benign", "malignant"], [f"domain {d}" for d in range(3)])
             if method == "gan":
                 prepared.append(time.perf_counter() - started)
 
             def on_epoch(epoch: int, model: torch.nn.Module, log: dict, tested=tested) -> None:
-                predict(model, cache, tested, args.image_size)
+                predict(model, views.views, tested)
 
             fit(task, cache, rows, config, accelerator=accelerator, on_epoch=on_epoch)
             accelerator.free_memory()

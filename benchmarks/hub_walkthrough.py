@@ -2,8 +2,9 @@
 
     python benchmarks/hub_walkthrough.py RUNS [--output docs/hub.md]
 
-RUNS is a grid of `magdg lomo`, of any models and size. Every command below is run as it stands, in a process of its
-own; the Hub is the one of the tests, on 127.0.0.1, and no other address is reachable from them.
+RUNS is a grid of `magdg lomo` with the methods erm and dann, of any models and size. Every command below is run as it
+stands, in a process of its own; the Hub is the one of the tests, on 127.0.0.1, and no other address is reachable from
+them.
 """
 
 import argparse
@@ -20,6 +21,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from hub_server import HubServer  # noqa: E402
 
+METHODS = "dann", "erm"
 NOISE = re.compile(r"\d+%\||\dit \[|Warning|^\s+warnings.warn|No files have been|^\[transformers\]|^\s*$")
 
 
@@ -63,7 +65,8 @@ class Walk:
         self.run(f"{python} - <<'EOF'\n{code.strip()}\nEOF", shown=f"{python} example.py", **env)
 
 
-def walk(w: Walk, runs: Path, name: str) -> None:
+def walk(w: Walk, name: str, other: str) -> None:
+    """Everything, with the folders `name` and `other` of two runs."""
     run = f"runs/{name}"
     w.say("# The Hub, there and back")
     w.say(
@@ -79,8 +82,7 @@ def walk(w: Walk, runs: Path, name: str) -> None:
     w.run(f"magdg push {run} me/model")
     w.run("magdg push runs me --all")
     w.say("Another run, as a pull request, and to a branch:")
-    other = run.replace("dann", "erm")
-    w.run(f"magdg push {other} me/model --create-pr && magdg push {other} me/model --revision erm")
+    w.run(f"magdg push runs/{other} me/model --create-pr && magdg push runs/{other} me/model --revision erm")
     w.say("## What is there")
     w.python(
         """
@@ -170,11 +172,11 @@ def main() -> None:
     parser.add_argument("runs", type=Path, help="folder of a grid")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "hub.md")
     args = parser.parse_args()
-    name = min(args.runs.glob("*-fold0-seed0/model/signature.json")).parents[1].name
+    name, other = (min(args.runs.glob(f"{m}-*-fold0-seed0*/model/signature.json")).parents[1].name for m in METHODS)
     with HubServer() as hub, tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "runs").symlink_to(args.runs.resolve())
         w = Walk(hub, Path(folder))
-        walk(w, args.runs, name)
+        walk(w, name, other)
     args.output.write_text("\n".join(w.lines))
     print(f"wrote {args.output}; command: {shlex.join(sys.argv)}")
 

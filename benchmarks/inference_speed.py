@@ -22,8 +22,9 @@ import numpy as np
 import timm
 import torch
 from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN as MEAN
+from timm.data import IMAGENET_DEFAULT_STD as STD
 
-from magnification_invariant.engine import MEAN, STD
 from magnification_invariant.model_folder import write_model_folder
 from magnification_invariant.predict import Classifier, find_images, items_of, predict_to_file
 from magnification_invariant.predict.export import export
@@ -61,14 +62,9 @@ def untrained(folder: Path) -> Path:
         timm.create_model("magdg_resnet18", num_classes=2, num_domains=0),
         name="magdg_resnet18.untrained",
         label_names=["benign", "malignant"],
-        data_config={
-            "input_size": [3, 224, 224],
-            "mean": list(MEAN),
-            "std": list(STD),
-            "interpolation": "bilinear",
-            "crop_pct": 0.875,
-        },
-        about={"temperature": 1.0, "mpp_range": [0.2, 0.8]},
+        image_size=224,
+        normalisation=(MEAN, STD),
+        about={"temperature": 1.0, "base_range": [0.2, 0.8], "mpp_range": [0.2, 0.8]},
     )
 
 

@@ -3,6 +3,7 @@
 python benchmarks/prepare.py
 """
 
+import argparse
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,7 @@ def write_tree(root: Path) -> int:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     with tempfile.TemporaryDirectory() as root:
         n = write_tree(Path(root))
         started = time.perf_counter()

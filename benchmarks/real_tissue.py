@@ -271,9 +271,8 @@ def trained_model(args):
     """A model that has seen virtual slides of all magnifications and nothing else, and its image size."""
     import torch
 
-    from magnification_invariant import PixelCache, fit, load_virtual_slides
-    from magnification_invariant.data import cache_height
-    from magnification_invariant.engine import FitConfig, TrainRows
+    from magnification_invariant.data import PixelCache, cache_height, load_virtual_slides
+    from magnification_invariant.engine import FitConfig, TrainRows, fit
     from magnification_invariant.lomo.cell import RECIPES
     from magnification_invariant.tasks import get_task
 
@@ -287,7 +286,7 @@ def trained_model(args):
     )
     label, patient = np.array(ds["label"]), np.array(ds["patient"])
     domain = np.unique(ds["magnification"], return_inverse=True)[1]
-    recipe = {name: value for name, value in RECIPES["strong"].items() if name != "temperature"}
+    recipe = {name: value for name, value in RECIPES["strong"].items() if name != "calibrate"}
     config = FitConfig(epochs=args.epochs, image_size=args.image_size, seed=args.seed, **recipe)
     torch.manual_seed(args.seed)
     erm = get_task("erm")
@@ -318,25 +317,26 @@ def run_score(args) -> None:
 
 def score_half(model, size: int, half: str, what: str, args) -> None:
     """Score a model on the 100X images of a half, log it, and show all that was logged."""
-    from magnification_invariant import PixelCache, load_virtual_slides
-    from magnification_invariant.data import cache_height
+    from magnification_invariant import virtual_slides
+    from magnification_invariant.data import ViewCache, load_virtual_slides
     from magnification_invariant.engine import predict
+    from magnification_invariant.files import write_json
     from magnification_invariant.metrics import auc, patient_weights
-    from magnification_invariant.virtual_slides import dataset as generator
 
     if args.dry:
         ds = load_virtual_slides(16, images_per_magnification=2, first_patient=9_900, magnifications=(100,))
     else:
         ds = real_half(args, half)
         ds = ds.select([i for i, magnification in enumerate(ds["magnification"]) if magnification == 100])
-    logits, _ = predict(model, PixelCache(ds, cache_height(size)), np.arange(len(ds)), size)
+    logits, _ = predict(model, ViewCache(ds, size).views, np.arange(len(ds)))
     label, patient, score = np.array(ds["label"]), np.array(ds["patient"]), logits[:, 1] - logits[:, 0]
+    generator = sorted(Path(virtual_slides.__file__).parent.glob("*.py"))
     entry = {
         "half": half,
         "look": sum(other["half"] == half for other in scores()) + 1,
         "what": what,
-        "generator_version": generator.GENERATOR_VERSION,
-        "generator_sha256": hashlib.sha256(Path(generator.__file__).read_bytes()).hexdigest()[:16],
+        "generator_version": virtual_slides.GENERATOR_VERSION,
+        "generator_sha256": hashlib.sha256(b"".join(path.read_bytes() for path in generator)).hexdigest()[:16],
         "arguments": {name: str(vars(args)[name]) for name in TRAINED_WITH},
         "weights_sha256": args.weights
         and hashlib.sha256((args.weights / "model.safetensors").read_bytes()).hexdigest(),
@@ -349,10 +349,7 @@ def score_half(model, size: int, half: str, what: str, args) -> None:
     if args.dry:
         print("on virtual patients, not logged:", json.dumps(entry, indent=1))
         return
-    SCORES.parent.mkdir(exist_ok=True)
-    part = SCORES.with_suffix(".tmp")
-    part.write_text(json.dumps([*scores(), entry], indent=1) + "\n")
-    part.replace(SCORES)
+    write_json(SCORES, [*scores(), entry])
     print(scores_text())
 
 

@@ -14,7 +14,7 @@ from signature_path import embeddings
 from threadpoolctl import threadpool_limits
 
 from magnification_invariant.predict.search import nearest, unit
-from magnification_invariant.signatures import SparseSignature, refit_supports, stability_selection
+from magnification_invariant.signatures import SparseSignature, refit_supports
 
 
 def timed(what: str, function, *arguments, **options):
@@ -40,10 +40,6 @@ def main() -> None:
         what = f"{args.subsamples} refits on halves of the patients"
         supports = timed(what, refit_supports, signature, X, y, groups=patient, n_subsamples=args.subsamples)
         print(f"  {supports.sum(axis=1).mean():.0f} dimensions on average")
-        for q in (30, 100):
-            what = f"stability selection, {args.subsamples} halves, q = {q}"
-            found = timed(what, stability_selection, X, y, patient, q=q, n_pairs=args.subsamples // 2)
-            print(f"  {len(found.selected)} selected, bound {found.bound:.1f}")
 
         rng = np.random.default_rng(0)
         gallery = unit(rng.standard_normal((args.rows, 304), np.float32))

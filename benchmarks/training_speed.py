@@ -26,11 +26,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from magnification_invariant.data.augment import cache_height
+from timm.data import IMAGENET_DEFAULT_MEAN as MEAN
+from timm.data import IMAGENET_DEFAULT_STD as STD
 
-from magnification_invariant import load_virtual_slides
-from magnification_invariant.data.pixels import PixelCache
-from magnification_invariant.engine import MEAN, STD, FitConfig, TrainRows, fit
+from magnification_invariant.data import PixelCache, cache_height, load_virtual_slides
+from magnification_invariant.engine import FitConfig, TrainRows, fit
 from magnification_invariant.tasks import ERM
 
 RATE, DECAY = 1e-3, 0.05

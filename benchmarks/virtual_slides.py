@@ -102,9 +102,8 @@ def score_features(ds, root: Path) -> dict[str, dict[str, float]]:
 def train_and_score(ds, train: np.ndarray, test: np.ndarray, seed: int, args) -> dict[str, float]:
     """Train ERM on rows `train`; AUC at each magnification on rows `test`."""
     import torch
-    from magnification_invariant.data.augment import cache_height
 
-    from magnification_invariant.data.pixels import PixelCache
+    from magnification_invariant.data import PixelCache, ViewCache, cache_height
     from magnification_invariant.engine import FitConfig, TrainRows, fit, predict
     from magnification_invariant.metrics import auc
     from magnification_invariant.tasks import ERM
@@ -121,7 +120,7 @@ def train_and_score(ds, train: np.ndarray, test: np.ndarray, seed: int, args) ->
     torch.manual_seed(seed)
     model = ERM.create_model(args.arch, num_classes=2, num_domains=0)
     model = fit(ERM(model), cache, TrainRows(train, labels[train], domain, patients[train]), config)
-    logits, _ = predict(model, cache, test, args.image_size)
+    logits, _ = predict(model, ViewCache(ds, args.image_size).views, test)
     score = logits[:, 1] - logits[:, 0]
     return {
         f"{m}X": float(auc(labels[test][magnification[test] == m], score[magnification[test] == m]))
@@ -147,17 +146,15 @@ def score_erm(ds, first_test_patient: int, seed: int, args) -> dict[str, dict[st
 
 def images_per_second(root: Path) -> dict[str, float]:
     """Drawing and writing 700x460 PNG files, in this process, by magnification and over all; processor seconds."""
-    from magnification_invariant.virtual_slides import dataset as virtual_slides
+    from magnification_invariant.virtual_slides.dataset import Cohort, _write_png
 
-    parameters = {"n_patients": 8, "first_patient": 0, "images_per_magnification": 4, "seed": 0, "nuisance": 1}
-    parameters |= {"size": [700, 460], "nested": False}
     spent = {}
     for m in MAGNIFICATIONS:
-        plan = virtual_slides._plan({**parameters, "magnifications": [m]})
-        start = time.process_time()
-        for item in plan:
-            virtual_slides._write_png(root / "speed.png", virtual_slides._draw(parameters, item))
-        spent[m] = (time.process_time() - start) / len(plan)
+        cohort = Cohort(8, magnifications=(m,))
+        images, start = cohort.images(), time.process_time()
+        for image in images:
+            _write_png(root / "speed.png", cohort.draw(image))
+        spent[m] = (time.process_time() - start) / len(images)
     speed = {f"{m}X": 1 / seconds for m, seconds in spent.items()}
     return {**speed, "all": 1 / np.mean(list(spent.values()))}
 

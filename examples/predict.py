@@ -1,6 +1,6 @@
 """Predict images of known scale, and say what the model itself thinks of it.
 
-python examples/predict.py --model runs/dann-lomo200-fold0-seed0/model --mpp 0.5 slides/*.png
+python examples/predict.py --model runs/dann-lomo200-fold0-seed0 --mpp 0.5 slides/*.png
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
     python examples/train.py --output-dir runs
     hf auth login
-    python examples/push_to_hub.py runs/dann-lomo200-fold0-seed0 me/magdg_resnet18.my_lomo200
+    python examples/push_to_hub.py runs/dann-64px-lomo200-fold0-seed0 me/magdg_resnet18.my_lomo200
 
 `magdg push` does the same, and whole grids.
 """

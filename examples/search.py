@@ -1,6 +1,6 @@
 """Find the cases most like an image.
 
-    python examples/search.py --model runs/dann-lomo200-fold0-seed0/model
+    python examples/search.py --model runs/dann-lomo200-fold0-seed0
     python examples/search.py --model user/repository --data path/to/BreaKHis_v1 --image case.png
 
 Without --image, the first image of the collection is searched for. A model folder needs a signature, which every

@@ -1,7 +1,7 @@
 """Where images come from: what ``--data`` means, and which column of a table is what."""
 
 import argparse
-from dataclasses import fields
+from dataclasses import Field, fields
 from typing import Any
 
 VIRTUAL = "virtual"
@@ -77,24 +77,29 @@ def virtual_parameters(source: str) -> dict[str, Any]:
     """
     from magnification_invariant.virtual_slides import Cohort
 
-    defaults = {field.name: field.default for field in fields(Cohort)}
+    kinds = {field.name: field for field in fields(Cohort)}
     parameters = {}
     for word in filter(None, source.partition(":")[2].split(",")):
         name, _, value = word.partition("=")
-        if name not in defaults:
-            raise ValueError(f"--data {source}: virtual slides have no {name!r}, but {', '.join(defaults)}")
+        if name not in kinds:
+            raise ValueError(f"--data {source}: virtual slides have no {name!r}, but {', '.join(kinds)}")
         try:
-            parameters[name] = _like(defaults[name], value)
+            parameters[name] = _parsed(kinds[name], value)
         except (KeyError, ValueError) as error:
-            example = str(defaults[name]).strip("()").replace(", ", "x").lower()
+            example = str(kinds[name].default).strip("()").replace(", ", "x").lower()
             raise ValueError(f"--data {source}: {name} is given like {name}={example}, not {value!r}") from error
     return parameters
 
 
-def _like(default: bool | int | tuple[int, ...], text: str) -> bool | int | tuple[int, ...]:
-    if isinstance(default, bool):
+def _parsed(field: Field, text: str) -> bool | int | tuple[int, ...]:
+    if isinstance(field.default, bool):
         return {"true": True, "false": False}[text]
-    return tuple(map(int, text.split("x"))) if isinstance(default, tuple) else int(text)
+    if not isinstance(field.default, tuple):
+        return int(text)
+    numbers = tuple(map(int, text.split("x")))
+    if len(numbers) != len(field.default) and "..." not in str(field.type):
+        raise ValueError(f"{len(numbers)} numbers")
+    return numbers
 
 
 def held_out_domains(ds, names: list[str] | None) -> list[int | str]:

@@ -15,10 +15,10 @@ def add_arguments(parser) -> None:
 
 
 def execute(args) -> int:
-    from magnification_invariant.data.splits import PARTS, deal_folds, domain_column, domain_name
+    from magnification_invariant.data.splits import PARTS, deal_folds, domain_name
 
     ds = load_data(args)
-    folds = deal_folds(ds, n_folds=args.n_folds, split_seed=args.split_seed, domain_column=domain_column(ds))
+    folds = deal_folds(ds, n_folds=args.n_folds, split_seed=args.split_seed)
     patients = ds["patient"][:]
     print(f"{'held out':>12} {'fold':>5}" + "".join(f"{part:>24}" for part in PARTS))
     for held_out in held_out_domains(ds, args.held_out):

@@ -15,6 +15,8 @@ from magnification_invariant.data.published import slides
 from magnification_invariant.files import read_json, whole
 from magnification_invariant.hub_files import resolve, snapshot
 from magnification_invariant.models import plain_architecture
+from magnification_invariant.models.domain_head import PREFIX
+from magnification_invariant.models.magdg import head_prefixes
 from magnification_invariant.virtual_slides import YEAR, render_field, virtual_field
 
 WANTED = ("name", "architecture", "num_classes", "label_names", "temperature", "pretrained_cfg")  # of config.json
@@ -39,7 +41,7 @@ def plain_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         value = value.detach().cpu().contiguous()
         return value.half() if value.ndim > 1 and torch.equal(value.half().float(), value.float()) else value
 
-    return {name: stored(value) for name, value in model.state_dict().items() if not name.startswith("domain_head.")}
+    return {name: stored(value) for name, value in model.state_dict().items() if not name.startswith(PREFIX)}
 
 
 def write_model_folder(
@@ -67,11 +69,12 @@ def write_model_folder(
     """
     arguments = {k: v for k, v in model._model_args.items() if k not in ("num_classes", "num_domains")}
     mean, std = normalisation
+    pool = getattr(model, "global_pool", None) or getattr(getattr(model, "head", None), "global_pool", "avg")
     config = {
         "architecture": plain_architecture(model),
         "num_classes": len(label_names),
         "num_features": model.num_features,
-        "global_pool": getattr(model.global_pool, "pool_type", model.global_pool),
+        "global_pool": getattr(pool, "pool_type", pool),
         "label_names": label_names,
         # Of ours "model_args" stays away: transformers' timm wrapper would be handed num_classes twice.
         **({"model_args": arguments} if arguments else {}),
@@ -148,6 +151,8 @@ def load_model(folder: Path, config: dict[str, Any]) -> torch.nn.Module:
     file = resolve(str(folder), "model.safetensors")
     arguments = config.get("model_args", {})
     model = timm.create_model(config["architecture"], num_classes=config["num_classes"], **arguments).eval()
+    if hasattr(model, "set_input_size"):  # of networks that are made for one size, such as ViTs
+        model.set_input_size(img_size=tuple(config["pretrained_cfg"]["input_size"][1:]))
     model.pretrained_cfg = {**model.pretrained_cfg, **{k: config["pretrained_cfg"][k] for k in ("mean", "std")}}
     try:
         model.load_state_dict(read_weights(file))
@@ -250,7 +255,7 @@ def load_backbone(model: torch.nn.Module, source: str) -> dict[str, Any]:
     """
     is_file = source.endswith(".safetensors")
     path = Path(source).expanduser() if is_file else resolve(source, "model.safetensors")
-    heads = (f"{model.get_classifier(name_only=True) or 'fc'}.", "domain_head.")
+    heads = head_prefixes(model)
     given = {k: v for k, v in read_weights(path).items() if not k.startswith(heads)}
     wanted = {k: v for k, v in model.state_dict().items() if not k.startswith(heads)}
     wrong = sorted(k for k in wanted if k not in given or given[k].shape != wanted[k].shape)

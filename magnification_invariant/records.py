@@ -61,9 +61,20 @@ class Run:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """``config.json``; of a model without its run, the record of it that its results carry."""
+        """``config.json``; of a model without its run, the record of it that its results carry.
+
+        Raises:
+            ValueError: The folder holds neither, or what version 0.1 recorded.
+        """
         config = read_json(self.folder / "config.json")
-        return config if "cell" in config else self.results["record"]
+        if "cell" not in config:
+            config = self.results.get("record", {})
+        if "cell" not in config:
+            raise ValueError(
+                f"{self.folder} holds no run that this version can read (no record names its cell; version 0.1 wrote "
+                "other ones): train it again"
+            )
+        return config
 
     @property
     def has_config(self) -> bool:
@@ -138,6 +149,12 @@ class Run:
     def records(self) -> pa.Table:
         """Predictions after the last epoch, the one that counts."""
         return self.predictions.filter(pc.equal(self.predictions["epoch"], pc.max(self.predictions["epoch"])))
+
+    @property
+    def zoom_curves(self) -> pa.Table | None:
+        """See `predict.zoom`; None where they were not asked for."""
+        file = self.folder / ZOOM
+        return pq.read_table(file) if file.is_file() else None
 
     @property
     def parts(self) -> list[str]:

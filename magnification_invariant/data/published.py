@@ -49,6 +49,24 @@ def slides() -> tuple[Slide, ...]:
     )
 
 
+@cache
+def digests() -> dict[tuple[str, str, int], tuple[int, int, str]]:
+    """Of the original files of a slide folder, by (slide, subtype's code, magnification): images, bytes and digest.
+
+    The digest is sha256 over ``name:sha256`` and a newline of each file, in the order of the names; facts computed from
+    the archive of the authors.
+    """
+    text = files(__package__).joinpath("breakhis_digests.csv").read_text(encoding="ascii")
+    return {
+        (line["slide"], line["subtype"], int(line["magnification"])): (
+            int(line["images"]),
+            int(line["bytes"]),
+            line["sha256_of_sorted_file_sha256"],
+        )
+        for line in csv.DictReader(text.splitlines())
+    }
+
+
 def _numbers(ranges: str) -> list[int]:
     ends = [part.split("-") for part in ranges.split()]
     return [number for end in ends for number in range(int(end[0]), int(end[-1]) + 1)]

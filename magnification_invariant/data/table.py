@@ -110,6 +110,13 @@ def _read(source) -> tuple[datasets.Dataset | dict[str, list], Path | None, str]
     if ds.info.builder_name == "csv":  # again, with nothing guessed into numbers
         text = datasets.Features(dict.fromkeys(ds.column_names, datasets.Value("string")))
         ds = read_all(source, repo, revision=revision or None, features=text, keep_default_na=False)
+    guessed = [name for name, kind in ds.features.items() if getattr(kind, "dtype", "") in ("int64", "float64")]
+    if ds.info.builder_name == "imagefolder" and set(guessed) - {"mpp"}:
+        warnings.warn(
+            f"{source}: columns {', '.join(map(repr, guessed))} of its metadata were read as numbers, so 007 became 7; "
+            "download the repository and pass the folder, if they are ids",
+            stacklevel=3,
+        )
     return ds, None, str(source)
 
 

@@ -6,13 +6,13 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 import numpy as np
 
 from magnification_invariant.data.breakhis import DUPLICATE_SLIDE, LABELS, MPP, SUBTYPES, is_ductal_copy, name_fields
 from magnification_invariant.data.images import EncodedImages, name_of, open_image, to_rgb
-from magnification_invariant.data.published import MAGNIFICATIONS, slides
+from magnification_invariant.data.published import MAGNIFICATIONS, digests, slides
 
 _SHOWN = 5
 
@@ -60,7 +60,8 @@ def verify(ds, *, pixels: bool = True) -> Verification:
 
     Args:
         ds: The table.
-        pixels: Also decode every image, in threads, and find those with equal pixels (about 10 ms an image and core).
+        pixels: Also read every file, in threads: hold it against the authors' archive (`folder_state`), and find images
+            with equal pixels (about 10 ms an image and core).
 
     Raises:
         ValueError: A column is missing, or an image cannot be decoded; its file is named.
@@ -89,6 +90,7 @@ def verify(ds, *, pixels: bool = True) -> Verification:
         notes.append(f"{resized:,} images are not of the original pixel size: resized or cropped.")
     groups = _equal_pixels(ds) if pixels else []
     if pixels:
+        notes += _file_states(ds, rows)
         notes += _about_duplicates([[rows[i] for i in group] for group in groups])
     (images, folders, patients), (all_images, all_folders, all_patients) = _counts(rows), _counts(published.values())
     return Verification(
@@ -111,6 +113,55 @@ def _counts(rows: Iterable[dict]) -> tuple[Counter, Counter, int]:
         Counter(subtype for subtype, _ in folders),
         len({row["patient"] for row in rows}),
     )
+
+
+STATES = ("intact", "re-encoded", "damaged", "incomplete")
+
+
+def folder_state(key: tuple[str, str, int], stored: dict[str, tuple[str, int]]) -> str:
+    """Whether the files of a slide at a magnification are the authors': one of `STATES`.
+
+    Args:
+        key: Slide, subtype's code and magnification, a key of `published.digests`.
+        stored: Of each file there, by name: sha256 of its bytes, and how many.
+    """
+    images, size, digest = digests()[key]
+    if len(stored) < images:
+        return "incomplete"
+    lines = "".join(f"{name}:{sha256}\n" for name, (sha256, _) in sorted(stored.items()))
+    if hashlib.sha256(lines.encode()).hexdigest() == digest:
+        return "intact"
+    # Another encoding has another size by far more than a flipped bit or a cut end.
+    return "damaged" if abs(sum(n for _, n in stored.values()) / size - 1) < 0.01 else "re-encoded"
+
+
+def _file_states(ds, rows: list[dict]) -> list[str]:
+    """What `folder_state` says of all slide folders that are there, in lines: which are not the authors' files."""
+    images = EncodedImages(ds)
+
+    def digest(i: int) -> tuple[str, int]:
+        path, content = images[i]
+        content = Path(path).read_bytes() if content is None else content
+        return hashlib.sha256(content).hexdigest(), len(content)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        stored = list(pool.map(digest, range(len(images))))
+    code = {subtype: letters for letters, subtype in SUBTYPES.items()}
+    folders = defaultdict(dict)
+    for row, file in zip(rows, stored, strict=True):
+        key = row["slide"], code.get(row["subtype"]), row["magnification"]
+        if key in digests():
+            folders[key][row["filename"]] = file
+    states = defaultdict(list)
+    for key, files in folders.items():
+        slide, subtype, magnification = key
+        states[folder_state(key, files)].append(f"{slide} ({subtype}) {magnification}X")
+    lines = [f"Files of {len(folders)} slides and magnifications, held against the authors' archive:"]
+    for state in STATES:
+        named = sorted(states[state])
+        which = f": {', '.join(named[:_SHOWN])}{', ...' * (len(named) > _SHOWN)}" * bool(named and state != "intact")
+        lines.append(f"{'!' if named and state == 'damaged' else ' '} {len(named):,} {state}{which}")
+    return lines
 
 
 def _equal_pixels(ds) -> list[list[int]]:

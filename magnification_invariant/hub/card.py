@@ -1,19 +1,22 @@
 """The card of a model's repository, rendered from its records: no number in it is typed by hand."""
 
-import json
 from importlib.resources import files
 from pathlib import Path
 
-import numpy as np
-
-from magnification_invariant import metrics
+from magnification_invariant.data.splits import domain_name
+from magnification_invariant.files import read_json
 from magnification_invariant.model_folder import read_model_config
-from magnification_invariant.records import last_epoch, part_of
+from magnification_invariant.records import NORMALISED
+from magnification_invariant.report import pictures
+from magnification_invariant.report.contents import NAMES
 from magnification_invariant.tasks import TASKS
 
-COMPARED = {"auc": "AUC", "f1": "F1", "brier": "Brier"}  # what has intervals in the records
+COMPARED = NAMES  # what has intervals in the records
+PICTURES = {
+    "calibration.png": ("Reliability before and after temperature scaling", pictures.reliability),
+    "roc.png": ("ROC curve", pictures.roc),
+}
 _ON_THE_HUB = {"auc": "roc_auc", "f1": "f1", "brier": "brier_score"}
-_PICTURES = {"calibration.png": "Reliability before and after temperature scaling", "roc.png": "ROC curve"}
 _DATA = {
     "virtual": (
         "Virtual slides",
@@ -42,19 +45,19 @@ def render_card(folder: Path, repo: str) -> str:
     What the records say is escaped: a name or label stays text, whatever it holds.
 
     Raises:
-        ValueError: a record is of the wrong kind.
+        ValueError: A record is of the wrong kind.
     """
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    config, results = read_model_config(str(folder)), json.loads((Path(folder) / "results.json").read_text())
+    config, results = read_model_config(str(folder)), read_json(Path(folder) / "results.json")
     record = results["record"]
     data, about_data = _DATA[config["trained_on"]]
-    held_out = record["arguments"]["held_out"] if "test" in results["parts"] else None
+    held_out = record["cell"]["held_out"] if "test" in results["parts"] else None
     parts = _part_names(results["parts"], held_out)
-    method = record["arguments"]["method"]
+    method = record["cell"]["method"]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"f": _number, "interval": _interval, "unit": lambda m: f"{m:.3g}", "domain": _domain}
+    environment.filters |= {"f": _number, "interval": _interval, "unit": lambda m: f"{m:.3g}", "domain": domain_name}
     template = environment.from_string(files(__package__).joinpath("card.md.jinja").read_text(encoding="utf-8"))
     return template.render(
         metadata=Markup(_metadata(config, results, data, parts)),
@@ -62,25 +65,29 @@ def render_card(folder: Path, repo: str) -> str:
         about_method=Markup(TASKS[method].__doc__.splitlines()[0]) if method in TASKS else method,
         repo=repo,
         config=config,
-        size=int(config["pretrained_cfg"]["input_size"][-1] / config["pretrained_cfg"]["crop_pct"]),
+        size=config["pretrained_cfg"]["input_size"][-1],
         results=results,
         record=record,
-        arguments=record["arguments"],
+        cell=record["cell"],
+        settings=record["settings"],
+        machine=record["machine"],
         method=method,
         held_out=held_out,
         parts=parts,
         tested=tested_part(results),
         compared=COMPARED,
-        pictures=_PICTURES,
+        pictures={file: title for file, (title, _) in PICTURES.items()},
     )
 
 
-def _part_names(parts: dict, held_out) -> dict[str, str]:
+def _part_names(parts: dict, held_out: int | str | None) -> dict[str, str]:
     """Part to what it is, in words; the tested ones first."""
-    named = {"test": f"patients and {_domain(held_out)} never seen", "test_source": "patients never seen"}
-    if held_out is not None:
-        named["test_source"] = "the same patients, at the magnifications seen"
-    named |= {part: f"of these, {part.rpartition('_')[2]}" for part in parts if part.endswith("X")}
+    named = {"test": f"patients and {domain_name(held_out)} never seen" if held_out is not None else ""}
+    named[NORMALISED] = "the same images, scale-normalised"
+    named["test_source"] = "patients never seen" if held_out is None else "the same patients, at what was seen"
+    named |= {
+        part: f"of these, {part.removeprefix('test_source_')}" for part in parts if part.startswith("test_source_")
+    }
     named["val"] = "validation patients (the temperature is theirs)"
     return {part: name for part, name in named.items() if part in parts}
 
@@ -116,43 +123,9 @@ def _metadata(config: dict, results: dict, data: str, parts: dict[str, str]) -> 
     ).to_yaml()
 
 
-def _domain(value: int | str) -> str:
-    return value if isinstance(value, str) else f"{value}X"
-
-
 def _number(value: float | None, digits: int = 3) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _interval(ends: list[float] | None) -> str:
     return " [{:.3f}, {:.3f}]".format(*ends) if ends and None not in ends else ""
-
-
-def draw_pictures(folder: Path) -> None:
-    """``calibration.png`` and ``roc.png`` of the tested part, from the predictions in `folder`."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from sklearn.metrics import roc_curve
-
-    results = json.loads((folder / "results.json").read_text())
-    records, part = last_epoch(folder), tested_part(results)
-    for name, title in _PICTURES.items():
-        figure = Figure(figsize=(4.5, 4.3), layout="constrained")
-        FigureCanvasAgg(figure)  # no window system and no global state
-        axis = figure.subplots()
-        axis.plot([0, 1], [0, 1], color="0.7", lw=1)
-        for temperature, colour in ((1.0, "0.5"), (results["temperature"], "#31a354")):
-            p = part_of(records, part, temperature)
-            weight = metrics.patient_weights(p["patient"])
-            if name == "roc.png":
-                if len(np.unique(p["label"])) == 2:
-                    false, true, _ = roc_curve(p["label"], p["probability"], sample_weight=weight)
-                    axis.plot(false, true, color="#2c7fb8")
-                axis.set(xlabel="false positive rate", ylabel="true positive rate")
-                break  # the same at every temperature
-            curve = metrics.reliability_curve(p["label"], p["probability"], sample_weight=weight, n_bins=8)
-            axis.plot(curve.predicted, curve.observed, "o-", color=colour, ms=4, label=f"temperature {temperature:.2f}")
-            axis.set(xlabel="predicted probability of malignant", ylabel="observed share")
-            axis.legend(loc="upper left", fontsize=8)
-        axis.set(title=title, aspect="equal")
-        figure.savefig(folder / name, dpi=100)

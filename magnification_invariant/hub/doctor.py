@@ -1,44 +1,50 @@
 """Whether a model does on this machine what it did when it was saved, and what it expects of an image."""
 
-import json
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
+from magnification_invariant.files import read_json
 from magnification_invariant.hub_files import resolve, snapshot
-from magnification_invariant.model_folder import logits_of, read_model_config
+from magnification_invariant.model_folder import damage_of, load_model, logits_of, open_model
+from magnification_invariant.signatures import SignatureProjector
 
 TOLERANCE = 1e-3  # logits of one float32 network on other processors and versions differ by 1e-5 or so
+PACKAGES = ("magnification-invariant", "torch", "timm", "safetensors", "numpy", "pillow", "huggingface-hub")
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `examine` found.
+    """What `examine` measured.
 
     Attributes:
-        name: of the weights.
-        expects: what the model states, a line each.
-        recorded: logits of the fixture image when the model was saved.
-        found: its logits now.
-        versions: of this machine.
+        name: Of the weights.
+        expects: What the model states, a line each.
+        recorded: Logits of the fixture image when the model was saved.
+        measured: Its logits now.
+        versions: Of this machine.
     """
 
     name: str
     expects: dict[str, str]
     recorded: list[float]
-    found: list[float]
+    measured: list[float]
     versions: dict[str, str]
 
     @property
     def difference(self) -> float:
         """Largest difference of a logit; infinity where there are not as many."""
-        if len(self.recorded) != len(self.found):
+        if len(self.recorded) != len(self.measured):
             return float("inf")
-        return float(np.abs(np.subtract(self.recorded, self.found)).max())
+        return float(np.abs(np.subtract(self.recorded, self.measured)).max())
 
     @property
     def healthy(self) -> bool:
@@ -49,7 +55,7 @@ class Report:
         verdict = f"OK: the fixture's logits are as recorded ({same})"
         if not self.healthy:
             verdict = (
-                f"NOT what was saved: the fixture's logits are {self.found}, recorded are {self.recorded} ({same}); "
+                f"NOT what was saved: the fixture's logits are {self.measured}, recorded are {self.recorded} ({same}); "
                 "the weights, or what this machine computes with them, are others"
             )
         lines = [self.name, *(f"  {key}: {value}" for key, value in self.expects.items())]
@@ -57,29 +63,58 @@ class Report:
         return "\n".join(lines)
 
 
-def examine(repo_or_folder: str) -> Report:
-    """Check a model folder or Hub repository: its config's values, its weights by the fixture image.
+def check_files(folder: Path) -> dict[str, Any]:
+    """Reads every file of a model's folder that a prediction reads, and returns its config.
 
     Raises:
-        ValueError: the config states what no model of ours does.
-        FileNotFoundError: a file is missing, or the repository cannot be reached.
+        ValueError: One is a git-lfs pointer, cut, empty, or belongs to another model: names it, and the way on.
+        FileNotFoundError: One is missing.
+    """
+    _read(folder, "config.json", read_json)
+    _, config = open_model(str(folder))
+    model = load_model(folder, config)
+    if any((folder / f"signature.{kind}").exists() for kind in ("json", "safetensors")):
+        _read(folder, "signature.json", read_json)
+        projector = _read(folder, "signature.safetensors", lambda file: SignatureProjector.from_pretrained(folder))
+        _read(folder, "signature.safetensors", lambda file: projector.as_module(model), "is another model's")
+    for file, read in {"results.json": read_json, "predictions.parquet": pq.read_table}.items():
+        if (folder / file).exists():
+            _read(folder, file, read)
+    return config
+
+
+def _read(folder: Path, name: str, read: Callable[[Path], Any], wrong: str | None = None) -> Any:
+    file = resolve(str(folder), name)
+    try:
+        return read(file)
+    except Exception as error:  # every format has errors of its own
+        why = f"{wrong or damage_of(file)} ({' '.join(str(error).split())})"
+        raise ValueError(f"{file} {why}: fetch it again (git lfs pull, or magdg pull)") from error
+
+
+def examine(repo_or_folder: str) -> Report:
+    """Check a model's or run's folder, or a Hub repository: every file, and its weights by the fixture image.
+
+    Raises:
+        ValueError: A file is damaged, or states what no model of ours does: names it.
+        FileNotFoundError: A file is missing, or the repository cannot be reached.
     """
     folder = snapshot(repo_or_folder)
-    config = read_model_config(str(folder))
-    fixture = json.loads(resolve(str(folder), "fixture.json").read_text())
-    resolve(str(folder), "model.safetensors")  # or timm would look for weights in formats that can run code
-    with Image.open(resolve(str(folder), "fixture.png")) as image:
-        found = logits_of(folder, image)
+    config = check_files(folder)
+    fixture = _read(folder, "fixture.json", read_json)
+    image = _read(folder, "fixture.png", lambda file: Image.open(file).convert("RGB"))
     pretrained = config["pretrained_cfg"]
-    low, high = config.get("mpp_range", (None, None))
+    scales = {
+        "um/px at which training images filled the input": config.get("base_range"),
+        "um/px shown in training": config.get("mpp_range"),
+    }
     expects = {
         "classes": ", ".join(config["label_names"]),
-        "micrometres per pixel at the input": f"{low:.3g} to {high:.3g}" if low else "not stated",
+        **{name: "{:.3g} to {:.3g}".format(*ends) if ends else "not stated" for name, ends in scales.items()},
         "input": f"{pretrained['input_size'][-1]} px, {pretrained['interpolation']}, crop {pretrained['crop_pct']}",
         "normalisation": f"mean {pretrained['mean']}, std {pretrained['std']}",
-        "temperature": f"{config.get('temperature', 1):.4g}",
+        "temperature": f"{config['temperature']:.4g}",
     }
-    packages = ("magnification-invariant", "torch", "timm", "safetensors", "numpy", "pillow", "huggingface-hub")
-    versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    return Report(config.get("name", repo_or_folder), expects, fixture["logits"], found, versions | {"on": device})
+    return Report(config["name"], expects, fixture["logits"], logits_of(folder, image), versions | {"on": device})

@@ -343,8 +343,9 @@ def _create_task(job: _Job, num_domains: int) -> tuple[Task, dict]:
     method = get_task(cell.method)
     torch.manual_seed(cell.seed)
     arch = cell.model or method.arch
-    shape = {"num_classes": ds.features["label"].num_classes, "num_domains": num_domains}
-    model = method.create_model(arch, **shape, image_size=cell.fit.image_size)
+    classes = ds.features["label"].num_classes
+    size = cell.fit.image_size
+    model = method.create_model(arch, num_classes=classes, num_domains=num_domains, image_size=size)
     start = {"source": None}
     if cell.init:
         start = load_backbone(model, cell.init)

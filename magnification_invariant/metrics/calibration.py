@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from magnification_invariant.metrics.classification import check_binary
+from magnification_invariant.metrics.classification import check_binary, register
 
 TEMPERATURE_RANGE = (0.25, 8.0)
 """No temperature outside it is fitted: a few dozen validation patients cannot support one."""
@@ -49,13 +49,9 @@ class BrierDecomposition(NamedTuple):
 def reliability_curve(
     y_true: ArrayLike, y_prob: ArrayLike, sample_weight: ArrayLike | None = None, n_bins: int = 15
 ) -> ReliabilityCurve:
-    """Bins rows by probability into bins of equal weight.
+    """Bins rows by rising probability into bins of about equal weight.
 
-    Rows of one probability always share a bin, so the order of the rows cannot matter and a constant prediction makes
-    one bin; bins are then only about equal.
-
-    Returns:
-        The points, by rising probability.
+    Rows of one probability always share a bin: the order of the rows cannot matter, a constant prediction is one bin.
     """
     positive, prob, weight = check_binary(y_true, y_prob, sample_weight)
     _, value = np.unique(prob, return_inverse=True)
@@ -69,65 +65,18 @@ def reliability_curve(
     return ReliabilityCurve(predicted[held] / total, observed[held] / total, total, total**2 / square[held])
 
 
+@register
 def expected_calibration_error(
     y_true: ArrayLike, y_prob: ArrayLike, sample_weight: ArrayLike | None = None, n_bins: int = 15
 ) -> float:
     """Expected calibration error: `sum_b W_b |mean probability of malignant - share of malignant|`.
 
-    Bins hold equal weight and are cut on the probability of malignant, not on the confidence of the predicted class:
-    figures of the other definition (Guo et al. 2017; equal width, `max(p, 1 - p)` against accuracy) differ on the same
-    predictions. A plug-in figure: noise in the bins biases it upwards, so compare it only between equal samples.
-
-    Returns:
-        A figure in [0, 1].
+    Bins are those of `reliability_curve`, on the probability of malignant and not on the confidence of the predicted
+    class: figures of the other definition (Guo et al. 2017; equal width, `max(p, 1 - p)` against accuracy) differ on
+    the same predictions. Noise in the bins biases it upwards, so compare it only between equal samples.
     """
     curve = reliability_curve(y_true, y_prob, sample_weight, n_bins)
     return float(curve.weight @ np.abs(curve.predicted - curve.observed))
-
-
-def debiased_calibration_error(
-    y_true: ArrayLike, y_prob: ArrayLike, sample_weight: ArrayLike | None = None, n_bins: int = 15
-) -> float:
-    """Root of the debiased squared calibration error of Kumar, Liang and Ma (NeurIPS 2019).
-
-    `sum_b W_b [(p_b - y_b)^2 - y_b (1 - y_b) / (n_b - 1)]` over the bins of `expected_calibration_error`, n_b the
-    effective number of rows; negative sums are 0. It assumes independent rows, so with many images of one patient
-    some upward bias stays.
-    """
-    curve = reliability_curve(y_true, y_prob, sample_weight, n_bins)
-    noise = curve.observed * (1 - curve.observed) / np.maximum(curve.rows - 1, 1e-12)
-    noise[curve.rows <= 1 + 1e-9] = 0  # one row says nothing of its own noise, and its share of malignant is 0 or 1
-    return float(np.sqrt(max(curve.weight @ ((curve.predicted - curve.observed) ** 2 - noise), 0.0)))
-
-
-def smooth_calibration_error(
-    y_true: ArrayLike, y_prob: ArrayLike, sample_weight: ArrayLike | None = None, n_cells: int = 1000
-) -> float:
-    """Smooth ECE of Blasiok and Nakkiran (2023), free of bins.
-
-    The weighted residuals `y_prob - y_true` are smoothed over [0, 1] by a Gaussian reflected at both ends; `smECE(s)`
-    is the integral of their absolute value at width s, and the figure is the s with `smECE(s) = s`.
-
-    Args:
-        y_true: (n,) labels.
-        y_prob: (n,) probabilities of malignant.
-        sample_weight: (n,) weights.
-        n_cells: Cells of the grid on [0, 1]; the result is no finer than half a cell.
-    """
-    from scipy.fft import dct, idct
-    from scipy.optimize import brentq
-
-    positive, prob, weight = check_binary(y_true, y_prob, sample_weight)
-    cell = np.minimum((prob * n_cells).astype(int), n_cells - 1)
-    # Cosines are what the reflected Gaussian only scales, so that smoothing is one product.
-    spectrum = dct(np.bincount(cell, weight * (prob - positive), minlength=n_cells))
-    frequency = np.pi * np.arange(n_cells)
-
-    def excess(width: float) -> float:
-        return float(np.abs(idct(spectrum * np.exp(-((frequency * width) ** 2) / 2))).sum()) - width
-
-    narrow = 0.5 / n_cells
-    return brentq(excess, narrow, 1.5, xtol=1e-9) if excess(narrow) > 0 else excess(narrow) + narrow
 
 
 def corp_decomposition(
@@ -135,11 +84,8 @@ def corp_decomposition(
 ) -> BrierDecomposition:
     """Decomposes the Brier score without bins (CORP; Dimitriadis, Gneiting and Jordan, PNAS 2021).
 
-    With c the isotonic regression of `y_true` on `y_prob` and ybar the base rate, miscalibration is
-    `B(p) - B(c)`, discrimination `B(ybar) - B(c)` and uncertainty `B(ybar)`.
-
-    Returns:
-        The three terms and the score; all of them are non-negative.
+    With c the isotonic regression of `y_true` on `y_prob` and ybar the base rate, miscalibration is `B(p) - B(c)`,
+    discrimination `B(ybar) - B(c)` and uncertainty `B(ybar)`, none of them negative.
     """
     from scipy.optimize import isotonic_regression
 
@@ -154,11 +100,6 @@ def corp_decomposition(
     return BrierDecomposition(score, score - recalibrated, base - recalibrated, base)
 
 
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    exp = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return exp / exp.sum(axis=1, keepdims=True)
-
-
 def _check_logits(logits: ArrayLike) -> np.ndarray:
     logits = np.asarray(logits, np.float64)
     if logits.ndim != 2 or logits.shape[0] < 1 or logits.shape[1] < 2:
@@ -169,22 +110,19 @@ def _check_logits(logits: ArrayLike) -> np.ndarray:
 
 
 def apply_temperature(logits: ArrayLike, temperature: float) -> np.ndarray:
-    """Turns logits into probabilities: `softmax(logits / temperature)`.
+    """Turns logits (n, classes) into probabilities: `softmax(logits / temperature)`.
 
-    Args:
-        logits: (n, classes).
-        temperature: Above 0; 1 changes nothing, larger values soften.
-
-    Returns:
-        (n, classes) probabilities.
+    A temperature of 1 changes nothing, larger ones soften; 0 and below are a ValueError.
     """
+    from scipy.special import softmax
+
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, not {temperature}")
-    return _softmax(_check_logits(logits) / temperature)
+    return softmax(_check_logits(logits) / temperature, axis=1)
 
 
 def fit_temperature(logits: ArrayLike, y_true: ArrayLike, sample_weight: ArrayLike | None = None) -> float:
-    """Fits the temperature that minimises the weighted log-loss (Guo et al. 2017), clipped to [0.25, 8].
+    """Fits the temperature that minimises the weighted log-loss (Guo et al. 2017), clipped to `TEMPERATURE_RANGE`.
 
     In `b = 1 / temperature` the loss is convex; its slope `sum_i w_i (E_p[z_i] - z_i[y_i])`, p = softmax(b z), is
     brought to 0 by bisection (Brent), or the bound that the slope points at is returned. Fit it on validation patients
@@ -194,11 +132,9 @@ def fit_temperature(logits: ArrayLike, y_true: ArrayLike, sample_weight: ArrayLi
         logits: (n, classes).
         y_true: (n,) class indices.
         sample_weight: (n,) weights.
-
-    Returns:
-        The temperature.
     """
     from scipy.optimize import brentq
+    from scipy.special import softmax
 
     logits, y_true = _check_logits(logits), np.asarray(y_true)
     if y_true.shape != logits.shape[:1] or not np.isin(y_true, np.arange(logits.shape[1])).all():
@@ -209,7 +145,7 @@ def fit_temperature(logits: ArrayLike, y_true: ArrayLike, sample_weight: ArrayLi
     right = logits[np.arange(len(logits)), y_true.astype(int)]
 
     def slope(inverse: float) -> float:
-        return float(weight @ ((_softmax(inverse * logits) * logits).sum(axis=1) - right))
+        return float(weight @ ((softmax(inverse * logits, axis=1) * logits).sum(axis=1) - right))
 
     coldest, hottest = TEMPERATURE_RANGE
     if slope(1 / hottest) >= 0:

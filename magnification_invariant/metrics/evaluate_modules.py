@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from magnification_invariant.metrics.classification import patient_weights
-from magnification_invariant.metrics.intervals import METRICS
+from magnification_invariant.metrics.classification import METRICS, patient_weights
 
 
 @cache
@@ -22,6 +21,11 @@ def _metric_class() -> type:
     # evaluate and datasets take seconds to import, so the class is made on first use.
     import datasets
     import evaluate
+
+    # float64: the usual float32 changes the figures in the eighth place.
+    columns = {"predictions": "float64", "references": "int64", "patients": "string"}
+    features = datasets.Features({name: datasets.Value(kind) for name, kind in columns.items()})
+    inputs = "predictions: probability of malignant. references: 1 = malignant. patients: the patient of each image."
 
     class PatientMetric(evaluate.Metric):
         """One metric of `METRICS`, each image counting once or each patient."""
@@ -34,22 +38,8 @@ def _metric_class() -> type:
             super().__init__(config_name=f"{metric}-{'patients' if patient_balanced else 'images'}", **kwargs)
 
         def _info(self) -> evaluate.MetricInfo:
-            return evaluate.MetricInfo(
-                description=METRICS[self.metric].__doc__,
-                citation="",
-                inputs_description=(
-                    "predictions: probability of the positive class (malignant). references: 0 or 1. "
-                    "patients: the patient of each image."
-                ),
-                # float64: the usual float32 changes the figures in the eighth place.
-                features=datasets.Features(
-                    {
-                        "predictions": datasets.Value("float64"),
-                        "references": datasets.Value("int64"),
-                        "patients": datasets.Value("string"),
-                    }
-                ),
-            )
+            text = METRICS[self.metric].__doc__
+            return evaluate.MetricInfo(description=text, citation="", inputs_description=inputs, features=features)
 
         # evaluate.combine hands every module the arguments of all of them.
         def _compute(self, predictions, references, patients, **_: Any) -> dict[str, float]:
@@ -60,16 +50,12 @@ def _metric_class() -> type:
 
 
 def load(metric: str, patient_balanced: bool = False, **kwargs: Any):
-    """Makes the `evaluate.Metric` of one of `METRICS`.
+    """Makes the `evaluate.Metric` of one of `METRICS`; its inputs are `predictions`, `references` and `patients`.
 
     Args:
         metric: Its name.
         patient_balanced: Whether each image weighs 1/n of its patient.
-        **kwargs: For `evaluate.Metric`, such as `num_process`, `process_id` and `experiment_id`. By default a single
-            process keeps its rows in memory.
-
-    Returns:
-        The metric; its inputs are `predictions`, `references` and `patients`.
+        **kwargs: For `evaluate.Metric`. By default a single process keeps its rows in memory.
     """
     return _metric_class()(metric, patient_balanced, **{"keep_in_memory": kwargs.get("num_process", 1) == 1, **kwargs})
 

@@ -3,18 +3,14 @@
 The estimand is a metric over *patients*: each image weighs 1/n of its patient (`patient_weights`). Uncertainty comes
 from the patients alone; the trained models are taken as given, so nothing here speaks of other training runs.
 
-Two methods:
-
 * "t": a standard error from how much each patient moves the figure, a scale on which the figure is closer to normal
-  (logit for figures in [0, 1], log for the log-loss, none for differences) and Student's t with
-  (patients of the smaller class - 1) degrees of freedom. For the AUC the variance is the clustered one of Obuchowski
-  (Biometrics 53, 1997), which is DeLong's if every patient has one image; for other metrics it is the jackknife over
-  patients within their class.
-* "bootstrap": percentiles over redrawn patients, within their class. It covers too little with few patients, but asks
-  nothing of the metric.
+  (logit for figures in [0, 1], log for the log-loss, none for differences) and Student's t with (patients of the
+  smaller class - 1) degrees of freedom. For the AUC the variance is the clustered one of Obuchowski (Biometrics 53,
+  1997), DeLong's if every patient has one image; for other metrics the jackknife over patients within their class.
+* "bootstrap": percentiles over redrawn patients, within their class. It asks nothing of the metric.
 
-Measured coverage of nominal 95 % intervals of the AUC (`benchmarks/interval_coverage.py`, 1,000 simulated test sets,
-25 images a patient, true AUC 0.83 / 0.95):
+Coverage of nominal 95 % intervals of the AUC (`benchmarks/interval_coverage.py`, 1,000 simulated test sets, 25 images a
+patient, true AUC 0.83 / 0.95):
 
 | benign/malignant patients | t | bootstrap |
 |---|---|---|
@@ -23,9 +19,9 @@ Measured coverage of nominal 95 % intervals of the AUC (`benchmarks/interval_cov
 | 16/54 | .96 / .95 | .93 / .90 |
 | 40/80 | .95 / .95 | .94 / .93 |
 
-"t" covered .91 to 1.0 for the other metrics from 16/54 on (.83 for the calibration error at 8/18; the bootstrap, which
-adds its own noise to an error that noise inflates, covered it as rarely as .04). Of paired differences (Brier, AUC, F1;
-400 test sets each) "t" covered .92 to .96 at 8/18 and .95 to .96 above, the bootstrap .86 to .88, .92 to .93 and .95.
+For the other metrics "t" covered .91 to 1.0 from 16/54 on (the calibration error .83 at 8/18; the bootstrap, which adds
+noise to an error that noise inflates, covered it as rarely as .04), and of paired differences (Brier, AUC, F1) .92 to
+.96 at 8/18, .95 to .96 above; the bootstrap .86 to .95.
 """
 
 import warnings
@@ -35,12 +31,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from magnification_invariant.metrics.calibration import (
-    debiased_calibration_error,
-    expected_calibration_error,
-    smooth_calibration_error,
-)
 from magnification_invariant.metrics.classification import (
+    METRICS,
     accuracy,
     auc,
     average_precision,
@@ -52,36 +44,35 @@ from magnification_invariant.metrics.classification import (
     patient_weights,
 )
 
-METRICS: dict[str, Callable[..., float]] = {
-    "auc": auc,
-    "average_precision": average_precision,
-    "f1": f1,
-    "accuracy": accuracy,
-    "balanced_accuracy": balanced_accuracy,
-    "brier": brier,
-    "log_loss": log_loss,
-    "expected_calibration_error": expected_calibration_error,
-    "debiased_calibration_error": debiased_calibration_error,
-    "smooth_calibration_error": smooth_calibration_error,
-}
-"""Metrics by name, all of the form `(y_true, y_prob, sample_weight=None) -> float`."""
-
 
 def _confusion(y: np.ndarray, p: np.ndarray) -> list[np.ndarray]:
-    called = p >= 0.5
-    return [y & called, y & ~called, ~y & called, ~y & ~called]
+    return [y & (p >= 0.5), y & (p < 0.5), ~y & (p >= 0.5), ~y & (p < 0.5)]
 
 
-# Metrics that follow from weighted sums over rows: what is summed, and the figure. The sums of a patient are made once.
+_EPS = np.finfo(np.float64).eps
+# scikit-learn checks its input at every call, which is too slow for thousands of redrawn patients. Metrics that follow
+# from weighted sums over rows: what is summed, once for each patient, and the figure.
 _SUMS = {
-    brier: (lambda y, p: [np.ones(len(y)), (p - y) ** 2], lambda n, e: e / n),
+    brier: (lambda y, p: [y == y, (p - y) ** 2], lambda n, e: e / n),
+    log_loss: (lambda y, p: [y == y, -np.log(np.clip(np.where(y, p, 1 - p), _EPS, 1 - _EPS))], lambda n, e: e / n),
     accuracy: (_confusion, lambda tp, fn, fp, tn: (tp + tn) / (tp + fn + fp + tn)),
     f1: (_confusion, lambda tp, fn, fp, tn: 2 * tp / (2 * tp + fp + fn)),
     balanced_accuracy: (_confusion, lambda tp, fn, fp, tn: (tp / (tp + fn) + tn / (tn + fp)) / 2),
 }
 
+
+def _average_precision(y: np.ndarray, score: np.ndarray, weight: np.ndarray) -> float:
+    """`average_precision` of checked columns, for loops."""
+    _, rank = np.unique(-score, return_inverse=True)
+    malignant, seen = np.bincount(rank, weight * y), np.cumsum(np.bincount(rank, weight))
+    precision = np.divide(np.cumsum(malignant), seen, out=np.zeros_like(seen), where=seen > 0)
+    return float(malignant @ precision / malignant.sum()) if malignant.any() else float("nan")
+
+
 FEWEST_PATIENTS = 8
 """Patients of each class that an interval takes: below, no method that was tried covers what it claims."""
+
+TAILS, SEED = (0.025, 0.975), 0  # of every interval; of every bootstrap and permutation test, so that tables come again
 
 
 class Interval(NamedTuple):
@@ -109,43 +100,40 @@ class _Patients:
         if not callable(self.metric):
             raise ValueError(f"no metric is called {metric!r}; there are {', '.join(METRICS)}, or pass a function")
         self.is_auc = self.metric is auc
+        self.of_rows = _average_precision if self.metric is average_precision else self.metric
         scores = self.metric in (auc, average_precision) or self.metric not in METRICS.values()
         checked = [check_binary(y_true, prob, scores=scores) for prob in y_probs]
         self.y, self.probs = checked[0][0], [prob for _, prob, _ in checked]
-        groups = np.asarray(groups)
-        if groups.shape != self.y.shape:
-            raise ValueError(f"groups must give one patient to each of {len(self.y)} rows, not shape {groups.shape}")
-        runs = np.zeros(len(self.y), int) if runs is None else np.asarray(runs)
-        if runs.shape != self.y.shape:
-            raise ValueError(f"runs must give one run to each of {len(self.y)} rows, not shape {runs.shape}")
+        groups, runs = np.asarray(groups), np.zeros(len(self.y), int) if runs is None else np.asarray(runs)
+        for name, each, column in (("groups", "patient", groups), ("runs", "run", runs)):
+            if column.shape != self.y.shape:
+                raise ValueError(f"{name} must give one {each} to each of {len(self.y)} rows, not {column.shape}")
         names, self.patient = np.unique(groups, return_inverse=True)
         labels, run = np.unique(runs, return_inverse=True)
         self.count, self.runs = len(names), [np.flatnonzero(run == k) for k in range(len(labels))]
         self.weight = patient_weights(self.patient * len(labels) + run)
-        of_run = [
-            [np.bincount(self.patient[rows], self.weight[rows] * y[rows], self.count) for rows in self.runs]
+        malignant, benign = (  # weight of each patient in each run (runs, patients)
+            np.array([np.bincount(self.patient[r], self.weight[r] * y[r], self.count) for r in self.runs])
             for y in (self.y, ~self.y)
-        ]
-        malignant, benign = (np.sum(each, axis=0) for each in of_run)
-        self.with_class = int((malignant > 0).sum()), int((benign > 0).sum())
+        )
+        self.with_class = int(malignant.any(axis=0).sum()), int(benign.any(axis=0).sum())
         self.smaller = min(self.with_class)
-        self.malignant = malignant >= benign  # the stratum of a patient; all their images, in BreaKHis
-        self.pairs = np.transpose(of_run[0]) @ np.array(of_run[1])
+        self.malignant = malignant.sum(axis=0) >= benign.sum(axis=0)  # the stratum of a patient; BreaKHis has no mixed
+        self.pairs = malignant.T @ benign
 
     def wins(self, malignant: np.ndarray, benign: np.ndarray) -> np.ndarray:
         """Weighted wins of each patient's malignant images over each patient's benign ones, (patients, patients).
 
-        Of one run's rows each, summed over runs. Computed once: any AUC over redrawn or reweighted patients is a
-        quadratic form in it.
+        Within runs, summed over them. Any AUC over redrawn or reweighted patients is a quadratic form in it.
         """
         wins = np.zeros((self.count, self.count))
         for rows in self.runs:
             above, below = rows[self.y[rows]], rows[~self.y[rows]]
             for patient in np.unique(self.patient[below]):
-                mine = below[self.patient[below] == patient]
-                rivals, scores = np.sort(benign[mine]), malignant[above]
+                own = below[self.patient[below] == patient]
+                rivals, scores = np.sort(benign[own]), malignant[above]
                 beaten = (np.searchsorted(rivals, scores, "left") + np.searchsorted(rivals, scores, "right")) / 2
-                beaten *= self.weight[above] * self.weight[mine[0]]
+                beaten *= self.weight[above] * self.weight[own[0]]
                 wins[:, patient] += np.bincount(self.patient[above], beaten, minlength=self.count)
         return wins
 
@@ -156,7 +144,7 @@ class _Patients:
 
     def of_sums(self, sums: np.ndarray) -> np.ndarray:
         """The metric of sums (draws, sums): (draws,)."""
-        with np.errstate(invalid="ignore", divide="ignore"):
+        with np.errstate(invalid="ignore"):
             return _SUMS[self.metric][1](*sums.T)
 
     def figures(self, prob: np.ndarray, times: np.ndarray) -> np.ndarray:
@@ -167,7 +155,7 @@ class _Patients:
                 return ((times @ wins) * times).sum(axis=1) / ((times @ self.pairs) * times).sum(axis=1)
         if self.metric in _SUMS:
             return self.of_sums(times @ self.sums(prob))
-        return np.array([self.metric(self.y, prob, weight) for weight in times[:, self.patient] * self.weight])
+        return np.array([self.of_rows(self.y, prob, weight) for weight in times[:, self.patient] * self.weight])
 
     def variance(self, probs: list[np.ndarray], values: np.ndarray) -> float:
         """Variance of the figure, or of the difference of two, under new patients."""
@@ -188,9 +176,9 @@ class _Patients:
             (group.sum() - 1) * float(np.var(left[group])) for group in (self.malignant, ~self.malignant) if group.any()
         )
 
-    def redraws(self, n_draws: int, seed: int) -> np.ndarray:
+    def redraws(self, n_draws: int) -> np.ndarray:
         """How often each patient is drawn, with replacement within their class: (n_draws, patients)."""
-        rng, times = np.random.default_rng(seed), np.zeros((n_draws, self.count))
+        rng, times = np.random.default_rng(SEED), np.zeros((n_draws, self.count))
         for group in (np.flatnonzero(self.malignant), np.flatnonzero(~self.malignant)):
             if len(group):
                 times[:, group] = rng.multinomial(len(group), np.full(len(group), 1 / len(group)), size=n_draws)
@@ -223,22 +211,18 @@ def cluster_interval(
     method: str | None = None,
     *,
     n_draws: int = 2000,
-    seed: int = 0,
-    level: float = 0.95,
     runs: ArrayLike | None = None,
 ) -> Interval:
-    """Estimates a patient-balanced metric with an interval over patients.
+    """Estimates a patient-balanced metric with its 95 % interval over patients.
 
     Args:
         metric: A name of `METRICS`, or a function `(y_true, y_prob, sample_weight) -> float`.
         y_true: (n,) labels, 1 = malignant.
         y_prob: (n,) probabilities of malignant.
         groups: (n,) patient of each row.
-        method: "t" or "bootstrap"; None takes "t" for the metrics of this package and the bootstrap for functions of
-            the caller's, which need not be smooth in the weights.
+        method: "t" or "bootstrap"; None takes "t" for `METRICS` and the bootstrap for functions of the caller's, which
+            need not be smooth in the weights.
         n_draws: Draws of the bootstrap.
-        seed: Seed of the bootstrap.
-        level: Nominal coverage.
         runs: (n,) run that each row is of, where the rows are those of several models or test domains: a fold, a seed,
             a held-out magnification. A patient weighs 1 in each of their runs and is one cluster over all of them. The
             AUC counts only pairs of one run, pooled by their weight: scores of different models are not on one scale.
@@ -258,25 +242,30 @@ def cluster_interval(
     if sample.too_few():
         return Interval(value, float("nan"), float("nan"))
     if method == "bootstrap":
-        low, high = np.quantile(sample.figures(prob, sample.redraws(n_draws, seed)), _tails(level))
+        low, high = np.quantile(sample.figures(prob, sample.redraws(n_draws)), TAILS)
         return Interval(value, float(low), float(high))
 
+    return Interval(value, *_t_bounds(sample, value))
+
+
+def _t_bounds(sample: _Patients, value: float) -> tuple[float, float]:
+    """Bounds of the "t" method around the figure of a single model."""
     from scipy.special import expit, logit
 
     if sample.metric is log_loss and round(value, 12) == 0:
-        return Interval(value, 0.0, float("inf"))
+        return 0.0, float("inf")
     bounded = sample.metric in METRICS.values() and sample.metric is not log_loss
     if bounded and round(value, 12) in (0.0, 1.0):  # sums of weights end a bit off
-        slack = _tails(level)[0] ** (1 / sample.smaller)
-        return Interval(value, slack, 1.0) if value > 0.5 else Interval(value, 0.0, 1 - slack)
-    half = _half_width(sample, [prob], np.array([value]), level)
+        slack = TAILS[0] ** (1 / sample.smaller)
+        return (slack, 1.0) if value > 0.5 else (0.0, 1 - slack)
+    ends = np.array([-1, 1]) * _half_width(sample, sample.probs, np.array([value]))
     if sample.metric is log_loss:
-        low, high = np.exp(np.log(value) + np.array([-half, half]) / value)
+        low, high = np.exp(np.log(value) + ends / value)
     elif bounded:
-        low, high = expit(logit(value) + np.array([-half, half]) / (value * (1 - value)))
+        low, high = expit(logit(value) + ends / (value * (1 - value)))
     else:
-        low, high = value - half, value + half
-    return Interval(value, float(low), float(high))
+        low, high = value + ends
+    return float(low), float(high)
 
 
 def paired_difference(
@@ -288,11 +277,9 @@ def paired_difference(
     method: str | None = None,
     *,
     n_draws: int = 2000,
-    seed: int = 0,
-    level: float = 0.95,
     runs: ArrayLike | None = None,
 ) -> Difference:
-    """Compares two models on the same rows: metric of a minus metric of b.
+    """Compares two models on the same rows: metric of a minus metric of b, with its 95 % interval and a p-value.
 
     The p-value is that of a permutation test: under the null hypothesis the models are exchangeable, so all of a
     patient's predictions may be swapped between them (`n_draws` random sets of patients, two-sided, the observed one
@@ -303,36 +290,24 @@ def paired_difference(
     other; to the test these differences are noise, while the interval takes the classes' numbers of patients as given.
     So p can be large where the interval leaves out 0. Conclude from what both support.
 
-    Args:
-        metric: As in `cluster_interval`.
-        y_true: (n,) labels, 1 = malignant.
-        y_prob_a: (n,) probabilities of the one model.
-        y_prob_b: (n,) probabilities of the other.
-        groups: (n,) patient of each row.
-        method: As in `cluster_interval`; no scale transform is used for differences.
-        n_draws: Draws of the bootstrap and of the permutation test.
-        seed: Seed of both.
-        level: Nominal coverage.
-        runs: As in `cluster_interval`; a patient's predictions are swapped in all of them together.
+    Arguments and errors are those of `cluster_interval`, with the probabilities (n,) of two models. No scale transform
+    is used; `n_draws` are those of the test too; a patient's predictions are swapped in all their `runs` together.
 
     Returns:
         Difference, low, high, p-value. The bounds are NaN, with a warning, with fewer than 8 patients in a class.
-
-    Raises:
-        ValueError: As in `cluster_interval`.
     """
     sample = _Patients(metric, y_true, [y_prob_a, y_prob_b], groups, runs)
     method, probs = sample.method(method), sample.probs
     values = np.array([sample.figures(prob, np.ones((1, sample.count)))[0] for prob in probs])
     difference = float(values[0] - values[1])
-    p_value = _swap_test(sample, difference, n_draws, seed)
+    p_value = _swap_test(sample, difference, n_draws)
     if sample.too_few():
         return Difference(difference, float("nan"), float("nan"), p_value)
     if method == "bootstrap":
-        times = sample.redraws(n_draws, seed)
-        low, high = np.quantile(sample.figures(probs[0], times) - sample.figures(probs[1], times), _tails(level))
+        times = sample.redraws(n_draws)
+        low, high = np.quantile(sample.figures(probs[0], times) - sample.figures(probs[1], times), TAILS)
         return Difference(difference, float(low), float(high), p_value)
-    half = _half_width(sample, probs, values, level)
+    half = _half_width(sample, probs, values)
     return Difference(difference, difference - half, difference + half, p_value)
 
 
@@ -346,32 +321,25 @@ def holm(p_values: ArrayLike) -> np.ndarray:
     return result
 
 
-def _tails(level: float) -> tuple[float, float]:
-    if not 0 < level < 1:
-        raise ValueError(f"level must lie between 0 and 1, not {level}")
-    return (1 - level) / 2, (1 + level) / 2
-
-
-def _half_width(sample: _Patients, probs: list[np.ndarray], values: np.ndarray, level: float) -> float:
+def _half_width(sample: _Patients, probs: list[np.ndarray], values: np.ndarray) -> float:
     from scipy.stats import t
 
-    return float(t.ppf(_tails(level)[1], sample.smaller - 1) * np.sqrt(max(sample.variance(probs, values), 0.0)))
+    return float(t.ppf(TAILS[1], sample.smaller - 1) * np.sqrt(max(sample.variance(probs, values), 0.0)))
 
 
-def _swap_test(sample: _Patients, difference: float, n_draws: int, seed: int) -> float:
+def _swap_test(sample: _Patients, difference: float, n_draws: int) -> float:
     """Two-sided p-value from swapping whole patients between the two models."""
     if not np.isfinite(difference):
         return float("nan")
     a, b = sample.probs
-    swap = np.random.default_rng(seed).random((n_draws, sample.count)) < 0.5
+    swap = np.random.default_rng(SEED).random((n_draws, sample.count)) < 0.5
     keep_or_swap = 1.0 - swap, swap.astype(np.float64)
     if sample.is_auc:
         from scipy.stats import rankdata
 
-        ranks = [np.empty(len(a)), np.empty(len(a))]
+        ranks = np.empty((2, len(a)))
         for rows in sample.runs:
-            for rank, prob in zip(ranks, (a, b), strict=True):
-                rank[rows] = rankdata(prob[rows])
+            ranks[:, rows] = rankdata([a[rows], b[rows]], axis=1)
         drawn = np.zeros(n_draws)
         for i, malignant in enumerate(ranks):
             for j, benign in enumerate(ranks):
@@ -384,11 +352,7 @@ def _swap_test(sample: _Patients, difference: float, n_draws: int, seed: int) ->
         sums = sample.sums(a), sample.sums(b)
         drawn = sample.of_sums(keep @ sums[0] + swapped @ sums[1]) - sample.of_sums(keep @ sums[1] + swapped @ sums[0])
     else:
-        drawn = np.array(
-            [
-                sample.metric(sample.y, np.where(row, b, a), sample.weight)
-                - sample.metric(sample.y, np.where(row, a, b), sample.weight)
-                for row in swap[:, sample.patient]
-            ]
-        )
+        columns = ((np.where(row, b, a), np.where(row, a, b)) for row in swap[:, sample.patient])
+        figures = [[sample.of_rows(sample.y, prob, sample.weight) for prob in pair] for pair in columns]
+        drawn = -np.diff(figures, axis=1)[:, 0]
     return float((1 + np.sum(np.abs(drawn) >= abs(difference) - 1e-12)) / (1 + n_draws))

@@ -4,7 +4,6 @@ An adversary that was trained together with an encoder says little about it: it 
 measures look at the finished embeddings from outside.
 """
 
-from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +13,7 @@ from magnification_invariant.metrics.intervals import Difference, paired_differe
 
 
 class DomainProbe(NamedTuple):
-    """How well a fresh linear probe names the domain; see `domain_probe`.
+    """How well a fresh linear probe names the domain.
 
     Attributes:
         balanced_accuracy: Mean recall over domains, patients weighing the same within each.
@@ -37,7 +36,6 @@ def domain_probe(
     groups: ArrayLike,
     *,
     n_folds: int = 5,
-    strength: float = 1.0,
     n_draws: int = 2000,
     seed: int = 0,
 ) -> DomainProbe:
@@ -52,12 +50,8 @@ def domain_probe(
         domains: (n,) domain of each row, two or more of them.
         groups: (n,) patient of each row.
         n_folds: Folds over patients.
-        strength: Inverse penalty of the probe (C).
         n_draws: Draws of the bootstrap.
         seed: Seed of folds and bootstrap.
-
-    Returns:
-        Balanced accuracy, interval, chance, and which rows were named rightly.
 
     Raises:
         ValueError: On one domain, NaN, fewer patients than folds, or a domain that some training fold lacks.
@@ -76,24 +70,25 @@ def domain_probe(
     for train, test in GroupKFold(n_folds, shuffle=True, random_state=seed).split(embeddings, groups=patient):
         if len(np.unique(domain[train])) < len(names):
             raise ValueError("a fold's training patients lack a domain; take fewer folds or domains with more patients")
-        probe = make_pipeline(StandardScaler(), LogisticRegression(C=strength, class_weight="balanced", max_iter=1000))
+        probe = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=1000))
         guess[test] = probe.fit(embeddings[train], domain[train]).predict(embeddings[test])
 
-    # Each patient's share of right guesses in each domain, and whether they were seen there at all.
-    shape = patient.max() + 1, len(names)
-    seen, right = np.zeros(shape), np.zeros(shape)
+    count = patient.max() + 1
+    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=n_draws)
+    value, *recalls = _mean_recall(np.vstack([np.ones(count), drawn]), guess == domain, domain, patient)
+    return DomainProbe(float(value), *map(float, np.quantile(recalls, (0.025, 0.975))), 1 / len(names), guess == domain)
+
+
+def _mean_recall(times: np.ndarray, right: np.ndarray, domain: np.ndarray, patient: np.ndarray) -> np.ndarray:
+    """Mean recall over domains with each patient taken `times` (draws, patients) times: (draws,).
+
+    A patient's share of rows that are `right` (n,) counts once in each domain where they have rows.
+    """
+    seen, named = np.zeros((2, times.shape[1], domain.max() + 1))
     np.add.at(seen, (patient, domain), 1)
-    np.add.at(right, (patient, domain), guess == domain)
-    share, present = right / np.maximum(seen, 1), (seen > 0).astype(float)
-
-    def recall(times: np.ndarray) -> np.ndarray:
-        with np.errstate(invalid="ignore"):
-            return np.nanmean((times @ share) / (times @ present), axis=1)
-
-    drawn = np.random.default_rng(seed).multinomial(shape[0], np.full(shape[0], 1 / shape[0]), size=n_draws)
-    low, high = np.quantile(recall(drawn), (0.025, 0.975))
-    value = float(recall(np.ones((1, shape[0])))[0])
-    return DomainProbe(value, float(low), float(high), 1 / len(names), guess == domain)
+    np.add.at(named, (patient, domain), right)
+    with np.errstate(invalid="ignore"):
+        return np.nanmean((times @ (named / np.maximum(seen, 1))) / (times @ (seen > 0)), axis=1)
 
 
 def probe_difference(
@@ -102,16 +97,15 @@ def probe_difference(
     """How much better the domain can be read from the one encoder than from the other, on the same rows.
 
     Args:
-        a: Probe of the one encoder, by `domain_probe`.
-        b: Probe of the other.
+        a: Of the one encoder, by `domain_probe`.
+        b: Of the other.
         y_true: (n,) class of each row, 0 or 1; patients are redrawn within their class.
         domains: (n,) as the probes were given.
         groups: (n,) as the probes were given.
-        **options: n_draws, seed, level of `paired_difference`.
+        **options: n_draws of `paired_difference`.
 
     Returns:
-        Balanced accuracy of a minus that of b, with the interval and p-value of `paired_difference` over patients; the
-        fitted probes are taken as given. The bounds are NaN, with a warning, with fewer than 8 patients in a class.
+        Balanced accuracy of a minus that of b, by `paired_difference`; the fitted probes are taken as given.
     """
     _, domain = np.unique(np.asarray(domains), return_inverse=True)
 
@@ -121,43 +115,6 @@ def probe_difference(
 
     # Domains as runs: each patient weighs the same within each domain.
     return paired_difference(balanced, y_true, a.right, b.right, groups, runs=domain, **options)
-
-
-def class_conditional_mmd(embeddings: ArrayLike, y_true: ArrayLike, domains: ArrayLike) -> float:
-    """Squared maximum mean discrepancy between domains within each class, averaged over classes and pairs of domains.
-
-    The unbiased estimate of Gretton et al. (JMLR 13, 2012), lemma 6, with a Gaussian kernel whose bandwidth is the
-    median distance of the rows compared. Within classes, because domains with other class shares differ without any
-    fault of the encoder. 0 means no difference found; it falls below where the domains hold the same patients, whose
-    images resemble each other.
-
-    Args:
-        embeddings: (n, d).
-        y_true: (n,) class of each row.
-        domains: (n,) domain of each row.
-
-    Returns:
-        The average; NaN if no class holds two rows in each of two domains.
-    """
-    embeddings = _check_embeddings(embeddings, y_true, domains)
-    y_true, domains = np.asarray(y_true), np.asarray(domains)
-    found = []
-    for c in np.unique(y_true):
-        parts = [embeddings[(y_true == c) & (domains == d)] for d in np.unique(domains)]
-        found += [_mmd(a, b) for a, b in combinations(parts, 2) if min(len(a), len(b)) > 1]
-    return float(np.mean(found)) if found else float("nan")
-
-
-def _mmd(a: np.ndarray, b: np.ndarray) -> float:
-    rows = np.concatenate([a, b])
-    norm = (rows**2).sum(axis=1)
-    square = np.maximum(norm[:, None] + norm - 2 * rows @ rows.T, 0)
-    middle = np.median(square[np.triu_indices(len(rows), 1)])
-    kernel = np.exp(-square / (2 * middle)) if middle > 0 else np.ones_like(square)
-    np.fill_diagonal(kernel, 0)
-    m, n = len(a), len(b)
-    within = kernel[:m, :m].sum() / (m * (m - 1)) + kernel[m:, m:].sum() / (n * (n - 1))
-    return float(within - 2 * kernel[:m, m:].mean())
 
 
 def linear_cka(a: ArrayLike, b: ArrayLike) -> float:

@@ -1,17 +1,17 @@
-"""Which epoch of a run counts: rules over its recorded predictions, applied after training.
+"""Which epoch of a run counts, and which setting of a method: rules over recorded predictions, applied after training.
 
-The primary rule is "last": the same number of steps for every method. The rules by source validation are rows of
-sensitivity. The oracle looks at the test and is there to show how much any rule could gain; it is never a result.
+The primary rule for epochs is "last": the same number of steps for every method. The rules by source validation are
+rows of sensitivity. The oracle looks at the test and is there to show how much any rule could gain; it is never a
+result.
 """
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from magnification_invariant.metrics.calibration import apply_temperature, fit_temperature
-from magnification_invariant.metrics.classification import auc, log_loss, patient_weights
-from magnification_invariant.metrics.intervals import METRICS
+from magnification_invariant.metrics.classification import METRICS, auc, log_loss, patient_weights
 
 # part that is looked at, and what is to be large there
 SELECTION_RULES = {
@@ -22,16 +22,54 @@ SELECTION_RULES = {
 }
 
 
+def nested_choice(
+    losses: Mapping[tuple[Hashable, Hashable], ArrayLike], held_out: Hashable, strength: ArrayLike
+) -> int:
+    """The setting of a method that nested leave-one-domain-out chooses for a held-out domain, without looking at it.
+
+    Every other domain is scored by trainings that saw neither of the two. The setting of the least mean loss is the
+    best; the weakest counts of those that are worse by at most one standard error of the difference over patients. The
+    trainings without domains a and b serve twice: scored on b for a held out, on a for b held out.
+
+    Args:
+        losses: For (held-out domain, scored domain) the losses (settings, patients) of trainings that saw neither, the
+            same patients for all of them; infinite where a setting diverged.
+        held_out: The domain to choose for.
+        strength: (settings,) how far each departs from plain training, such as the coefficient of an adversary; of
+            equal ones the lower mean loss counts.
+
+    Returns:
+        Index of the setting.
+
+    Raises:
+        ValueError: No other domain is scored, or every setting diverged.
+
+    Source: the one-standard-error rule of Breiman et al., "Classification and Regression Trees" (1984), section 3.4.3,
+    with the standard error of paired differences.
+    """
+    scored = [np.asarray(loss, np.float64) for (unseen, _), loss in losses.items() if unseen == held_out]
+    if not scored:
+        raise ValueError(f"no training without {held_out!r} is scored on another domain")
+    loss = np.mean(scored, axis=0)
+    mean = loss.mean(1)
+    best = mean.argmin()
+    if not np.isfinite(mean[best]):
+        raise ValueError(f"every setting diverged in a training without {held_out!r}")
+    with np.errstate(invalid="ignore"):  # of what diverged, the error is no number, and the comparison false
+        worse = loss - loss[best]
+        as_good = worse.mean(1) <= worse.std(1, ddof=1) / np.sqrt(loss.shape[1])
+    return int(next(i for i in np.lexsort((mean, strength)) if as_good[i]))
+
+
 def select_epoch(rule: str, records: Mapping[str, ArrayLike]) -> int:
     """The epoch that a rule chooses; of several equally good ones the first.
 
-    Scores are patient-balanced and of the probabilities as recorded, before any temperature.
+    Scores are patient-balanced, of the probabilities before any temperature.
 
     Args:
         rule: "last"; "val_log_loss" or "val_auc", the best on validation patients at the training magnifications; or
             "oracle", the best AUC of the test itself.
-        records: columns epoch, part, label, probability and patient of one run, e.g. its ``predictions.parquet`` as
-            pyarrow or pandas reads it.
+        records: columns epoch, part, label, probability and patient of one run, `records.Run.predictions`.
 
     Raises:
         ValueError: unknown rule, or the part that it looks at has no rows or one class.
@@ -48,9 +86,7 @@ def select_epoch(rule: str, records: Mapping[str, ArrayLike]) -> int:
     for each in epochs:
         rows = (epoch == each) & (part == where)
         if len(np.unique(label[rows])) < 2:
-            raise ValueError(
-                f"the rule {rule} compares epochs on the part {where!r}, which has no images of two classes"
-            )
+            raise ValueError(f"the rule {rule} compares epochs on the part {where!r}: no images of two classes")
         scores.append(score(label[rows], probability[rows], patient_weights(patient[rows])))
     return int(epochs[np.argmax(scores)])
 
@@ -70,7 +106,7 @@ def selected_scores(
     """
     columns = {name: np.asarray(records[name]) for name in ("epoch", "part", "label", "patient")}
     logits = np.stack([np.asarray(row, np.float64) for row in np.asarray(records["logits"])])
-    found = {}
+    scores = {}
     for rule in SELECTION_RULES:
         epoch = select_epoch(rule, records)
         val, test = ((columns["epoch"] == epoch) & (columns["part"] == name) for name in ("val", part))
@@ -79,6 +115,6 @@ def selected_scores(
         if calibrated:
             temperature = fit_temperature(logits[val], columns["label"][val], patient_weights(columns["patient"][val]))
         probability = apply_temperature(logits[test], temperature)[:, 1]
-        scores = {name: metric(label, probability, sample_weight=weight) for name, metric in METRICS.items()}
-        found[rule] = {"epoch": epoch, "temperature": temperature, **scores}
-    return found
+        of_rule = {name: metric(label, probability, weight) for name, metric in METRICS.items()}
+        scores[rule] = {"epoch": epoch, "temperature": temperature, **of_rule}
+    return scores

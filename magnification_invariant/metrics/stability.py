@@ -5,7 +5,6 @@ chance looks rarer than it is. All of this compares *indices*, which only mean t
 backbone.
 """
 
-from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -21,14 +20,9 @@ class Stability(NamedTuple):
 
 
 def jaccard(a: ArrayLike, b: ArrayLike) -> float:
-    """Jaccard index `|A and B| / |A or B|` of two sets of dimensions.
+    """Jaccard index `|A and B| / |A or B|` of two sets of dimensions, given as indices or as boolean masks.
 
-    Args:
-        a: Indices of the dimensions, or a boolean mask over all of them.
-        b: The same for the other set.
-
-    Returns:
-        A figure in [0, 1]; NaN for two empty sets. Chance does not score 0: see `chance_jaccard`.
+    NaN for two empty sets. Chance does not score 0: see `chance_jaccard`.
     """
     a, b = (set(np.flatnonzero(s).tolist() if s.dtype == bool else s.tolist()) for s in (np.asarray(a), np.asarray(b)))
     return len(a & b) / len(a | b) if a | b else float("nan")
@@ -38,12 +32,6 @@ def chance_jaccard(size_a: int, size_b: int, n_dimensions: int) -> float:
     """Jaccard index of two random sets at their expected overlap `size_a size_b / n_dimensions`."""
     overlap = size_a * size_b / n_dimensions
     return overlap / (size_a + size_b - overlap) if size_a + size_b else float("nan")
-
-
-def mean_pairwise_jaccard(selected: ArrayLike) -> float:
-    """Mean Jaccard index over all pairs of rows of `selected` (M, d); NaN if any pair is empty."""
-    selected = _check_selected(selected)
-    return float(np.mean([jaccard(a, b) for a, b in combinations(selected, 2)]))
 
 
 def nogueira(selected: ArrayLike, level: float = 0.95) -> Stability:
@@ -66,7 +54,10 @@ def nogueira(selected: ArrayLike, level: float = 0.95) -> Stability:
     """
     from scipy.stats import norm
 
-    selected = _check_selected(selected).astype(np.float64)
+    selected = np.asarray(selected)
+    if selected.ndim != 2 or selected.shape[0] < 2 or not np.isin(selected, (0, 1)).all():
+        raise ValueError(f"selected must be a boolean matrix (signatures >= 2, dimensions), not {selected.shape}")
+    selected = selected.astype(np.float64)
     n_sets, d = selected.shape
     frequency, size = selected.mean(axis=0), selected.sum(axis=1)
     share = frequency.mean()
@@ -79,10 +70,3 @@ def nogueira(selected: ArrayLike, level: float = 0.95) -> Stability:
     ) / random
     half = norm.ppf((1 + level) / 2) * 2 / n_sets * np.sqrt(np.sum((influence - influence.mean()) ** 2))
     return Stability(float(value), float(value - half), float(value + half))
-
-
-def _check_selected(selected: ArrayLike) -> np.ndarray:
-    selected = np.asarray(selected)
-    if selected.ndim != 2 or selected.shape[0] < 2 or not np.isin(selected, (0, 1)).all():
-        raise ValueError(f"selected must be a boolean matrix (signatures >= 2, dimensions), not {selected.shape}")
-    return selected.astype(bool)

@@ -1,29 +1,31 @@
-"""What a report says: sections of words, tables and pictures, read from the records of finished cells."""
+"""What a report says: sections of words, tables and pictures, read from the records of finished runs."""
 
-import json
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
-import safetensors.numpy
 
 from magnification_invariant import metrics
 from magnification_invariant.data.splits import domain_name
 from magnification_invariant.metrics.intervals import FEWEST_PATIENTS, Difference
 from magnification_invariant.metrics.invariance import DomainProbe
+from magnification_invariant.records import NORMALISED, Run
 from magnification_invariant.report import pictures
 from magnification_invariant.report.page import Picture, Section, Table, interval, number
 from magnification_invariant.report.runs import (
     PRIMARY,
-    Run,
+    SCALED,
+    WHAT_SCALED_IS,
+    Row,
+    baseline,
     by_title,
     difference,
     estimate,
-    joined,
+    held_outs,
     read_runs,
+    rows_of,
     spread,
     star,
 )
@@ -40,39 +42,56 @@ NAMES = {"auc": "AUC", "f1": "F1", "brier": "Brier"}
 
 
 class Comparison(NamedTuple):
-    """One line of the forest: `metric` of row `a` minus that of row `b`."""
+    """One line of the forest: `metric` of row `a` minus that of row `b`; `adjusted` is the family's p-value."""
 
     a: str
     b: str
     metric: str
-    where: str
-    found: Difference
+    held_out: int | str | None
+    measured: Difference
     adjusted: float
+    primary: bool
+
+    @property
+    def where(self) -> str:
+        return "all held-outs" if self.held_out is None else f"{domain_name(self.held_out)} held out"
 
     @property
     def text(self) -> str:
         return f"{NAMES[self.metric]}, {self.a} - {self.b}, {self.where}"
 
 
-def sections(folders: Iterable[Path], pairs: list[tuple[str, str]] | None = None, *, refits: int = 0) -> list[Section]:
-    """The report on finished cells; nothing is trained or predicted for it.
+def sections(
+    folders: Iterable[Path], pairs: list[tuple[str, str]] | None = None, *, refits: int = 0
+) -> Iterator[Section]:
+    """The report on finished runs, made when it is first asked for a section; nothing is trained or predicted for it.
 
     Args:
-        folders: cells, or folders of them.
-        pairs: rows to compare (a, b), the first pair being the primary one; by default every method with "erm" of the
-            same zoom, "dann" first.
-        refits: of every signature, on halves of the patients, the one thing fitted here, see `signature_sections`.
+        folders: Runs, or folders of them.
+        pairs: Rows to compare (a, b), the first pair being the primary one; by default those of `default_pairs`.
+        refits: Of every signature, on halves of the patients, the one thing fitted here, see `signature_sections`.
+
+    Raises:
+        ValueError: As of `read_runs`, `compare` and `signature_sections`; or a run holds no domain out.
     """
+    yield from _sections(folders, pairs, refits)
+
+
+def _sections(folders: Iterable[Path], pairs: list[tuple[str, str]] | None, refits: int) -> list[Section]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # too few patients for an interval: the tables show none
         runs = read_runs(folders)
+        for run in runs:
+            if "test" not in run.parts:
+                raise ValueError(f"{run.folder} holds no domain out: the report is on unseen ones (try magdg evaluate)")
         groups = by_title(runs)
         networks = {title: group for title, group in groups.items() if group[0].is_network}
-        compared = compare(networks, default_pairs(list(networks)) if pairs is None else pairs)
+        rows = rows_of(groups)
+        compared = compare(rows, default_pairs(networks) if pairs is None else pairs)
         return [
-            ("What can and cannot be concluded", _conclusions(networks, compared)),
+            ("What can and cannot be concluded", _conclusions(rows, compared)),
             ("Beside the paper", _beside_the_paper(groups)),
-            ("Each held-out magnification", _by_held_out(groups)),
+            ("Each held-out magnification", _by_held_out(rows)),
             ("Paired differences", _differences(compared)),
             ("ROC curves", [Picture.drawn("roc", "ROC curves by held-out magnification.", pictures.roc, runs)]),
             ("Calibration", _calibration(networks)),
@@ -86,71 +105,82 @@ def sections(folders: Iterable[Path], pairs: list[tuple[str, str]] | None = None
         ]
 
 
-def default_pairs(titles: list[str]) -> list[tuple[str, str]]:
-    """Every method against "erm" of the same zoom, "dann" first."""
-    pairs = [(title, "erm + zoom" if title.endswith(" + zoom") else "erm") for title in titles]
-    pairs = [(a, b) for a, b in pairs if a != b and b in titles]
-    return sorted(pairs, key=lambda pair: (pair[0] != "dann", pair[0] != "dann + zoom"))
+def default_pairs(networks: dict[str, list[Run]]) -> list[tuple[str, str]]:
+    """Every row with its `baseline`, "dann" first."""
+    pairs = [(title, other) for title in networks if (other := baseline(title, networks))]
+    return sorted(pairs, key=lambda pair: (networks[pair[0]][0].method != "dann", networks[pair[0]][0].zoom > 1))
 
 
-def compare(groups: dict[str, list[Run]], pairs: list[tuple[str, str]]) -> list[Comparison]:
+def compare(rows: dict[str, Row], pairs: list[tuple[str, str]]) -> list[Comparison]:
     """The primary comparison and, after it, the secondary family with Holm-adjusted p-values.
 
     Primary: Brier of the first pair over all held-outs. Secondary: its AUC and F1, its Brier at each held-out
-    magnification, and the Brier of each further pair.
+    magnification, and the Brier of each further pair, of each network scale-normalised with itself, and of the first
+    pair's first with its second scale-normalised.
 
     Raises:
-        ValueError: a pair names a row that is not there.
+        ValueError: A pair names a row that is not there.
     """
-    unknown = {title for pair in pairs for title in pair} - groups.keys()
+    unknown = {title for pair in pairs for title in pair} - rows.keys()
     if unknown:
-        raise ValueError(f"no finished runs of {', '.join(sorted(unknown))}; there are {', '.join(groups)}")
-    if not pairs:
-        return []
-    a, b = pairs[0]
-    held_outs = sorted({run.held_out for run in groups[a]} & {run.held_out for run in groups[b]})
-    tests = [(a, b, PRIMARY, None), (a, b, "auc", None), (a, b, "f1", None)]
-    tests += [(a, b, PRIMARY, held_out) for held_out in held_outs if len(held_outs) > 1]
-    tests += [(*pair, PRIMARY, None) for pair in pairs[1:]]
-    found = []
-    for a, b, metric, held_out in tests:
-        chosen = [[run for run in groups[title] if held_out in (None, run.held_out)] for title in (a, b)]
-        found.append(difference(*chosen, metric))
-    adjusted = [found[0].p_value, *metrics.holm([each.p_value for each in found[1:]])]
+        raise ValueError(f"no finished runs of {', '.join(sorted(unknown))}; there are {'; '.join(rows)}")
+    tests = [(*pair, PRIMARY, None) for pair in pairs]
+    if pairs:
+        a, b = pairs[0]
+        domains = held_outs(rows[a].runs + rows[b].runs)
+        shared = [domain for domain in domains if rows[a].at(domain).runs and rows[b].at(domain).runs]
+        by_domain = [(a, b, PRIMARY, domain) for domain in shared if len(shared) > 1]
+        tests[1:1] = [(a, b, "auc", None), (a, b, "f1", None), *by_domain]
+    tests += [
+        (title, title.removesuffix(SCALED), PRIMARY, None) for title, row in rows.items() if row.part == NORMALISED
+    ]
+    if pairs and b + SCALED in rows:
+        tests.append((a, b + SCALED, PRIMARY, None))
+    tests = list(dict.fromkeys(tests))
+    measured = [_measure(rows[a].at(domain), rows[b].at(domain), metric) for a, b, metric, domain in tests]
+    first = len(pairs[:1])
+    adjusted = [each.p_value for each in measured]
+    adjusted[first:] = metrics.holm(adjusted[first:])
     return [
-        Comparison(a, b, metric, f"{domain_name(held_out)} held out" if held_out else "all held-outs", each, float(p))
-        for (a, b, metric, held_out), each, p in zip(tests, found, adjusted, strict=True)
+        Comparison(*test, each, float(p), i < first)
+        for i, (test, each, p) in enumerate(zip(tests, measured, adjusted, strict=True))
     ]
 
 
-def _conclusions(networks: dict[str, list[Run]], compared: list[Comparison]) -> list:
+def _measure(a: Row, b: Row, metric: str) -> Difference:
+    return difference(a.runs, b.runs, metric, a.part, b.part)
+
+
+def _conclusions(rows: dict[str, Row], compared: list[Comparison]) -> list:
     blocks = []
-    if compared:
-        a, b, _, _, found, _ = compared[0]
+    if compared and compared[0].primary:
+        first = compared[0]
+        a, b, measured = first.a, first.b, first.measured
         size = (
-            f"Brier {found.difference:+.4f} {interval(found.low, found.high, '+.4f')}, p = {found.p_value:.4f} "
-            f"(lower is better; {_extent(networks[a])})."
+            f"Brier {measured.difference:+.4f} {interval(measured.low, measured.high, '+.4f')}, p = "
+            f"{measured.p_value:.4f} (lower is better; {_extent(rows[a].runs)})."
         )
-        if np.isnan(found.low):
+        if np.isnan(measured.low):
             headline = (
                 f"With fewer than {FEWEST_PATIENTS} patients of a class nothing can be concluded on {a} and {b}: "
             )
-        elif found.low <= 0 <= found.high:
+        elif measured.low <= 0 <= measured.high:
             headline = f"These runs do not tell {a} and {b} apart, and are compatible with anything in the interval: "
-        elif found.p_value >= 0.05:
+        elif measured.p_value >= 0.05:
             headline = f"Interval and test disagree, and nothing is concluded on {a} and {b}: "
         else:
-            headline = f"On these patients {a} is {'better' if found.high < 0 else 'WORSE'} than {b}: "
+            headline = f"On these patients {a} is {'better' if measured.high < 0 else 'WORSE'} than {b}: "
         blocks.append(headline + size)
-        scaled = {title: estimate(networks[title]).value for title in (a, b)}
-        raw = {title: estimate(networks[title], temperatures=[1.0] * len(networks[title])).value for title in (a, b)}
+        ones = {title: [1.0] * len(rows[title].runs) for title in (a, b)}
+        raw = {title: estimate(rows[title].runs, PRIMARY, rows[title].part, t).value for title, t in ones.items()}
+        scaled = {title: estimate(rows[title].runs, PRIMARY, rows[title].part).value for title in ones}
         blocks.append(
             "Calibration is not invariance: scaling by a temperature alone changes Brier by "
-            + " and ".join(f"{scaled[title] - raw[title]:+.4f} ({title})" for title in (a, b))
+            + " and ".join(f"{scaled[title] - raw[title]:+.4f} ({title})" for title in ones)
             + f", while {a} and {b} differ by {raw[a] - raw[b]:+.4f} before it."
         )
     else:
-        blocks.append("No two methods have runs in common, so nothing is compared.")
+        blocks.append("No two methods have runs in common, so none are compared.")
     blocks += [
         "The estimand: patient-balanced Brier score of temperature-scaled probabilities on the unseen magnification, "
         "one method minus the other, averaged over seeds and folds and then over the held-out magnifications; every "
@@ -162,7 +192,7 @@ def _conclusions(networks: dict[str, list[Run]], compared: list[Comparison]) -> 
         "Holding out a magnification between others (100X, 200X) is interpolation; holding out 40X or 400X is "
         "extrapolation. A co-trained adversary at chance is no evidence of invariance; a fresh probe is.",
     ]
-    return blocks
+    return blocks + [WHAT_SCALED_IS] * any(row.part == NORMALISED for row in rows.values())
 
 
 def _extent(runs: list[Run]) -> str:
@@ -177,17 +207,18 @@ def _beside_the_paper(groups: dict[str, list[Run]]) -> list:
     for method, (name, held_out, auc, f1, brier, size, jaccard) in PAPER.items():
         figures = f"{auc:.3f}", f"{f1:.3f}", f"{brier:.3f}", f"{size:,}", f"{jaccard:.2f}"
         rows.append([f"{name} (PAPER's)", f"{held_out}X", "paper", *figures])
-        runs = [run for run in groups.get(method, []) if run.held_out == held_out]
-        if not runs:
+        own = {title: Row(title, runs).at(held_out) for title, runs in groups.items() if runs[0].title == method}
+        own = {title: row for title, row in own.items() if row.runs}
+        if not own:
             rows.append([method, f"{held_out}X", "ours", *["not run"] * 5])
-            continue
-        figures = {metric: estimate(runs, metric) for metric in ("auc", "f1", "brier")}
-        sizes = _mean(runs, "signature", "size"), _mean(runs, "signature", "width")
-        rows.append(
-            [method + star(runs), f"{held_out}X", "ours"]
-            + [f"{each.value:.3f} {interval(each.low, each.high)}" for each in figures.values()]
-            + ["{:.0f} of {:.0f}".format(*sizes), number(_mean(runs, "signature", "jaccard"), 2)]
-        )
+        for row in own.values():
+            measured = [estimate(row.runs, metric) for metric in ("auc", "f1", "brier")]
+            sizes = _mean(row.runs, "signature", "size"), _mean(row.runs, "signature", "width")
+            rows.append(
+                [row.starred, f"{held_out}X", "ours"]
+                + [f"{each.value:.3f} {interval(each.low, each.high)}" for each in measured]
+                + ["{:.0f} of {:.0f}".format(*sizes), number(_mean(row.runs, "signature", "jaccard"), 2)]
+            )
     return [
         "The paper's numbers are the paper's (arXiv 2604.25817, BreaKHis, each model at its best held-out "
         "magnification), without intervals. They are comparable only with runs on BreaKHis; the paper's split, recipe"
@@ -196,31 +227,33 @@ def _beside_the_paper(groups: dict[str, list[Run]]) -> list:
     ]
 
 
-def _by_held_out(groups: dict[str, list[Run]]) -> list:
+def _by_held_out(rows: dict[str, Row]) -> list:
     head = ["method", "held out", "runs", "AUC", "Brier", "AUC: seen - unseen", "Brier: seen - unseen"]
     head += ["Brier's SD, seeds", "SD, folds"]
-    rows, noted = [], set()
-    for held_out in sorted({run.held_out for runs in groups.values() for run in runs}):
-        for title, everything in groups.items():
-            runs = [run for run in everything if run.held_out == held_out]
-            if not runs:
+    runs = [run for row in rows.values() for run in row.runs]
+    cells = []
+    for held_out in held_outs(runs):
+        for row in (row.at(held_out) for row in rows.values()):
+            if not row.runs:
                 continue
-            tested = {metric: estimate(runs, metric) for metric in ("auc", "brier")}
-            gaps = [estimate(runs, metric, "test_source").value - each.value for metric, each in tested.items()]
-            spreads = spread(runs)
-            noted |= {mark for run in runs for mark in run.marks}
-            rows.append(
-                [title + star(runs), domain_name(held_out), str(len(runs))]
+            tested = {metric: estimate(row.runs, metric, row.part) for metric in ("auc", "brier")}
+            gaps = [estimate(row.runs, metric, "test_source").value - each.value for metric, each in tested.items()]
+            deviations = spread(row.runs, part=row.part)
+            cells.append(
+                [row.starred, domain_name(held_out), str(len(row.runs))]
                 + [f"{each.value:.3f} {interval(each.low, each.high)}" for each in tested.values()]
                 + [f"{gap:+.3f}" for gap in gaps]
-                + [number(spreads[name]) for name in ("seed", "fold")]
+                + [number(deviations[name]) for name in ("seed", "fold")]
             )
+    marks = sorted({mark for run in runs for mark in run.marks})
+    missing = sorted({why for run in runs if (why := run.results.get("normalised_why_none"))})
     return [
         "Patient-balanced, at the fitted temperature, with 95 % intervals over patients. Seen - unseen is the "
         "magnification gap: the same test patients at the magnifications of training, minus them at the unseen one. "
         "constant and colour are floors: a constant, and logistic regression on colour statistics.",
-        Table(head, rows),
-        *_legend(noted),
+        Table(head, cells),
+        *([f"* {'; '.join(marks)}"] if marks else []),
+        *([f"Some runs are not shown scale-normalised: {'; '.join(missing)}."] if missing else []),
     ]
 
 
@@ -229,23 +262,24 @@ def _differences(compared: list[Comparison]) -> list:
         return ["Nothing to compare."]
     rows = [
         [
-            "primary" if i == 0 else "secondary",
+            "primary" if each.primary else "secondary",
             each.text,
-            f"{each.found.difference:+.4f}",
-            interval(each.found.low, each.found.high, "+.4f"),
-            f"{each.found.p_value:.4f}",
+            f"{each.measured.difference:+.4f}",
+            interval(each.measured.low, each.measured.high, "+.4f"),
+            f"{each.measured.p_value:.4f}",
             f"{each.adjusted:.4f}",
         ]
-        for i, each in enumerate(compared)
+        for each in compared
     ]
     drawn = []
     for name, chosen, better in (("brier", ("brier",), "below"), ("auc_f1", ("auc", "f1"), "above")):
         caption = f"Differences with 95 % intervals over patients; {better} 0 favours the first."
-        lines = [(each.text, *each.found[:3]) for each in compared if each.metric in chosen]
-        drawn.append(Picture.drawn(f"forest_{name}", caption, pictures.forest, lines, "difference"))
+        if lines := [(each.text, *each.measured[:3]) for each in compared if each.metric in chosen]:
+            drawn.append(Picture.drawn(f"forest_{name}", caption, pictures.forest, lines, "difference"))
+    secondary = sum(not each.primary for each in compared)
     return [
         "p-values come from swapping all of a patient's predictions, in all runs, between the methods (2,000 draws). "
-        f"The {len(compared) - 1} secondary tests are one family, adjusted by Holm's method. Differences that cancel "
+        f"The {secondary} secondary tests are one family, adjusted by Holm's method. Differences that cancel "
         "between the classes, as where a method shifts all probabilities, are noise to the test but not to the "
         "interval, which takes the classes' numbers of patients as given: p can be large where the interval leaves out "
         "0.",
@@ -256,29 +290,26 @@ def _differences(compared: list[Comparison]) -> list:
 
 def _calibration(networks: dict[str, list[Run]]) -> list:
     head = ["method", "T", "Brier before", "Brier after", "Brier at the oracle's T"]
-    head += ["miscalibration", "discrimination", "ECE before", "ECE after", "debiased", "smooth"]
+    head += ["miscalibration", "discrimination", "ECE before", "ECE after"]
     rows = []
     for title, runs in networks.items():
-        temperatures = [run.results["temperature"] for run in runs]
-        oracle = [run.oracle_temperature() for run in runs]
-        used = ([1.0] * len(runs), None, oracle)
-        p = joined(runs, "test")
-        parts = [
-            metrics.corp_decomposition(*(p[name][p["runs"] == k] for name in ("y_true", "y_prob")), _weight(p, k))
-            for k in range(len(runs))
-        ]
-        names = ("expected_calibration_error", "debiased_calibration_error", "smooth_calibration_error")
-        before = _mean(runs, "uncalibrated", "test", "patient_balanced", names[0])
+        temperatures = [run.temperature for run in runs]
+        used = ([1.0] * len(runs), None, [run.oracle_temperature() for run in runs])
+        terms = []
+        for p in (run.part("test") for run in runs):
+            weight = metrics.patient_weights(p["patient"])
+            terms.append(metrics.corp_decomposition(p["label"], p["probability"], weight))
+        error = "test", "patient_balanced", "expected_calibration_error"
         rows.append(
             [title + star(runs), f"{np.exp(np.mean(np.log(temperatures))):.2f}"]
             + [f"{estimate(runs, temperatures=each).value:.4f}" for each in used]
             + [
-                f"{np.mean([getattr(part, name) for part in parts]):.4f}"
+                f"{np.mean([getattr(each, name) for each in terms]):.4f}"
                 for name in ("miscalibration", "discrimination")
             ]
-            + [f"{before:.3f}", *(f"{_mean(runs, 'parts', 'test', 'patient_balanced', name):.3f}" for name in names)]
+            + [number(_mean(runs, when, *error)) for when in ("uncalibrated", "parts")]
         )
-    folders = [run.folder for runs in networks.values() for run in runs]
+    runs = [run for group in networks.values() for run in group]
     caption = "Reliability on the unseen magnification; the oracle's temperature was fitted on the test itself."
     return [
         "The oracle temperature is fitted on the test rows it is judged by: no method may use it; it shows how much "
@@ -286,16 +317,16 @@ def _calibration(networks: dict[str, list[Run]]) -> list:
         "scaling (Brier = miscalibration - discrimination + uncertainty). The calibration errors compare methods only"
         " on the same rows: noise inflates them. Means over runs.",
         Table(head, rows),
-        *([Picture.drawn("reliability", caption, pictures.reliability, folders)] if folders else []),
+        *([Picture.drawn("reliability", caption, pictures.reliability, runs)] if runs else []),
     ]
 
 
 def _selection(networks: dict[str, list[Run]]) -> list:
     rows = []
     for title, runs in networks.items():
-        found = [metrics.selected_scores(pq.read_table(run.folder / "predictions.parquet")) for run in runs]
+        scores = [metrics.selected_scores(run.predictions) for run in runs]
         for rule in metrics.SELECTION_RULES:
-            means = [np.mean([each[rule][name] for each in found]) for name in ("epoch", "auc", "brier")]
+            means = [np.mean([each[rule][name] for each in scores]) for name in ("epoch", "auc", "brier")]
             name = {"last": "last epoch (primary)", "oracle": "oracle: best AUC of the test itself"}.get(rule, rule)
             rows.append([title + star(runs), name, f"{means[0]:.1f}", f"{means[1]:.3f}", f"{means[2]:.4f}"])
     return [
@@ -312,9 +343,8 @@ def _other_metrics(groups: dict[str, list[Run]]) -> list:
     for weighting, meaning in (("patient_balanced", "every patient weighs the same"), ("image", "every image does")):
         rows = []
         for title, runs in groups.items():
-            of = {h: [run for run in runs if run.held_out == h] for h in {run.held_out for run in runs}}
-            means = {h: [_mean(some, "parts", "test", weighting, name) for name in names] for h, some in of.items()}
-            table = np.array(list(means.values()))
+            some = [Row(title, runs).at(held_out).runs for held_out in held_outs(runs)]
+            table = np.array([[_mean(each, "parts", "test", weighting, name) for name in names] for each in some])
             worst = f"{table[:, 0].min():.3f}", f"{table[:, names.index('brier')].max():.3f}"
             rows.append([title + star(runs), *(f"{value:.3f}" for value in table.mean(0)), *worst])
         head = [*(name.replace("_", " ") for name in names), "worst AUC", "worst Brier"]
@@ -328,63 +358,48 @@ def _invariance(networks: dict[str, list[Run]]) -> list:
 
     def probe(run: Run) -> DomainProbe | str:  # or why there is none
         if run not in probes:
-            embedding, of = _tested_embeddings(run)
+            embeddings, keys = _tested_embeddings(run)
             try:
-                probes[run] = metrics.domain_probe(embedding, of["domain"], of["patient"])
+                probes[run] = metrics.domain_probe(embeddings, keys["domain"], keys["patient"])
             except ValueError as error:
                 probes[run] = f"none: {error}"
         return probes[run]
 
     for title, runs in networks.items():
         run = min(runs, key=lambda run: (run.held_out != 200, run.key[1:]))  # the paper's best, else the first
-        embedding, of = _tested_embeddings(run)
+        _, keys = _tested_embeddings(run)
         read, chance, minus_erm = probe(run), "-", "-"
         if isinstance(read, DomainProbe):
             chance = f"{read.chance:.3f}"
-            for erm in networks.get("erm + zoom" if title.endswith(" + zoom") else "erm", []):
-                paired = erm is not run and erm.key == run.key
-                paired = paired and np.array_equal(_tested_embeddings(erm)[1]["filename"], of["filename"])
+            for erm in networks.get(baseline(title, networks), []):
+                paired = erm.key == run.key and np.array_equal(_tested_embeddings(erm)[1]["filename"], keys["filename"])
                 if paired and isinstance(probe(erm), DomainProbe):
-                    found = metrics.probe_difference(read, probe(erm), of["label"], of["domain"], of["patient"])
-                    minus_erm = f"{found.difference:+.3f} {interval(found.low, found.high, '+.3f')}"
+                    minus = metrics.probe_difference(read, probe(erm), keys["label"], keys["domain"], keys["patient"])
+                    minus_erm = f"{minus.difference:+.3f} {interval(minus.low, minus.high, '+.3f')}"
             read = f"{read.balanced_accuracy:.3f} {interval(read.low, read.high)}"
-        log = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[-1])
-        mmd = metrics.class_conditional_mmd(embedding, of["label"], of["domain"])
-        others = number(mmd, 4), number(log.get("domain_accuracy"))
-        rows.append([title + star([run]), run.folder.name, read, chance, minus_erm, *others])
+        rows.append([title + star([run]), run.folder.name, read, chance, minus_erm])
         caption = f"Embeddings of {title}'s test patients, by class and by magnification."
-        maps.append(Picture.drawn(f"embedding_{title}", caption, pictures.embedding_map, run.folder))
-    head = [
-        "method",
-        "run",
-        "fresh probe's balanced accuracy",
-        "chance",
-        "minus erm's",
-        "MMD within classes",
-        "adversary (no evidence)",
-    ]
+        maps.append(Picture.drawn(f"embedding_{title}", caption, pictures.embedding_map, run))
     return [
         "A fresh linear probe reads the magnification from frozen embeddings of the test patients, at seen and unseen"
         " magnifications, on patients it was not fitted on; compare it with chance, and with erm's of the same "
         "held-out, fold and seed (paired by patients). Intervals are over patients, the fitted probes taken as given. "
-        "MMD is squared, unbiased, between magnifications within classes. The co-trained adversary's accuracy is shown "
-        "and is no evidence: it may just have been beaten. One run each.",
-        Table(head, rows),
+        "One run each.",
+        Table(["method", "run", "fresh probe's balanced accuracy", "chance", "minus erm's"], rows),
         *maps,
     ]
 
 
 def _tested_embeddings(run: Run) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Embeddings of the test patients at all magnifications, and the columns of their rows."""
-    tensors = safetensors.numpy.load_file(run.folder / "embeddings.safetensors")
-    parts = {part: run.part(part) for part in ("test", "test_source")}
-    names = ("label", "domain", "patient", "filename")
-    of = {name: np.concatenate([columns[name] for columns in parts.values()]) for name in names}
-    return np.concatenate([tensors[f"{part}.embedding"] for part in parts]), of
+    """Embeddings (n, width) of the test patients at all magnifications, and the keys of their rows."""
+    parts = ("test", "test_source")
+    keys = [run.keys(part) for part in parts]
+    columns = {name: np.concatenate([each[name] for each in keys]) for name in keys[0]}
+    return np.concatenate([run.embeddings(part) for part in parts]), columns
 
 
 def _training(networks: dict[str, list[Run]]) -> list:
-    runs = [run for group in networks.values() for run in group if (run.folder / "metrics.jsonl").exists()]
+    runs = [run for group in networks.values() for run in group if run.losses()]
     if not runs:
         return ["No losses are recorded."]
     caption = (
@@ -397,37 +412,28 @@ def _training(networks: dict[str, list[Run]]) -> list:
 def _compute(groups: dict[str, list[Run]]) -> list:
     rows = []
     for title, runs in groups.items():
-        files = [run.folder / "timing.json" for run in runs]
-        seconds = [json.loads(file.read_text())["seconds"] for file in files if file.exists()]
-        recipes = sorted({run.config["recipe_sha256"] for run in runs})
+        seconds = [run.seconds for run in runs if run.seconds is not None]
         mean = f"{np.mean(seconds):.0f}" if seconds else "-"
-        model = str(runs[0].config["arguments"].get("model") or "its own")
-        rows.append([title, str(len(runs)), mean, f"{sum(seconds) / 3600:.2f}", model, ", ".join(recipes)])
+        model = str(runs[0].settings.get("model") or "its own")
+        digests = sorted({run.config["settings_sha256"] for run in runs})
+        rows.append([title, str(len(runs)), mean, f"{sum(seconds) / 3600:.2f}", model, ", ".join(digests)])
     configs = [run.config for runs in groups.values() for run in runs]
-    versions = {", ".join(f"{name} {v}" for name, v in config["versions"].items()) for config in configs}
-    data = {config["arguments"]["data"] for config in configs}
+    machines = [config["machine"] for config in configs]
+    versions = {", ".join(f"{name} {v}" for name, v in machine["versions"].items()) for machine in machines}
     return [
-        Table(["method", "runs", "seconds a run", "hours together", "model", "recipe"], rows),
-        f"Data: {', '.join(sorted(data))}. Versions: {'; '.join(sorted(versions))}. Revisions: "
-        f"{', '.join(sorted({config['git'] or 'unknown' for config in configs}))}.",
+        Table(["method", "runs", "seconds a run", "hours together", "model", "settings"], rows),
+        f"Data: {', '.join(sorted({config['cell']['data'] for config in configs}))}. Versions: "
+        f"{'; '.join(sorted(versions))}. Revisions: {', '.join(sorted({m['git'] or 'unknown' for m in machines}))}.",
     ]
-
-
-def _weight(p: dict[str, np.ndarray], run: int) -> np.ndarray:
-    return metrics.patient_weights(p["groups"][p["runs"] == run])
 
 
 def _mean(runs: list[Run], *path: str) -> float:
     """Mean over runs of an entry of results.json; NaN where no run has it."""
-    found = []
+    known = []
     for run in runs:
         value = run.results
         for key in path:
             value = (value or {}).get(key)
         if value is not None:
-            found.append(value)
-    return float(np.mean(found)) if found else float("nan")
-
-
-def _legend(marks: set[str]) -> list[str]:
-    return [f"* {'; '.join(sorted(marks))}"] if marks else []
+            known.append(value)
+    return float(np.mean(known)) if known else float("nan")

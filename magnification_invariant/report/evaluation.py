@@ -55,18 +55,18 @@ def checked(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     n = len(columns["label"])
     if not n:
         raise ValueError("the predictions have no rows")
-    found = {"part": np.full(n, "test"), **columns}
+    complete = {"part": np.full(n, "test"), **columns}
     if "logits" in columns:
         if columns["logits"].ndim != 2 or columns["logits"].shape[1] != 2:
             raise ValueError(f"logits must be two a row, benign and malignant, not of shape {columns['logits'].shape}")
-        found["probability"] = metrics.apply_temperature(columns["logits"], 1.0)[:, 1]
-    metrics.brier(found["label"], found["probability"])  # raises what is wrong with the two
+        complete["probability"] = metrics.apply_temperature(columns["logits"], 1.0)[:, 1]
+    metrics.brier(complete["label"], complete["probability"])  # raises what is wrong with the two
     if "logits" not in columns:
-        p = np.clip(found["probability"].astype(float), 1e-12, 1 - 1e-12)
-        found["logits"] = np.stack([np.zeros(n), np.log(p / (1 - p))], 1)
-    if "domain" not in found and "magnification" in found:
-        found["domain"] = found["magnification"]
-    return found
+        p = np.clip(complete["probability"].astype(float), 1e-12, 1 - 1e-12)
+        complete["logits"] = np.stack([np.zeros(n), np.log(p / (1 - p))], 1)
+    if "domain" not in complete and "magnification" in complete:
+        complete["domain"] = complete["magnification"]
+    return complete
 
 
 def sections(
@@ -101,37 +101,45 @@ def sections(
         warnings.warn("patients of the validation part are tested: threshold and temperature saw them", stacklevel=2)
     source = "given with the predictions"
     if temperature is None:
-        temperature, source = 1.0, "none: there are no validation rows"
-        if len(val["label"]) and part != "val":
-            weight = metrics.patient_weights(val["patient"])
-            temperature = metrics.fit_temperature(val["logits"], val["label"], sample_weight=weight)
-            source = "fitted on the validation patients"
+        temperature, source = _fitted(val if part != "val" else None)
     for rows in (test, val):
         rows["raw"] = rows["probability"]
         if len(rows["label"]):
             rows["probability"] = metrics.apply_temperature(rows["logits"], temperature)[:, 1]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # too few patients for an interval: the table says it
-        found = [
+        domains = [(f"By {name}", _by(test, name)) for name in ("subtype", "domain") if name in test]
+        return [
             ("Metrics", _metrics(test)),
             ("Calibration", _calibration(test, temperature, source)),
             ("Threshold", _threshold(test, val if part != "val" else {"label": []}, sensitivity)),
             ("Abstention", _abstention(test)),
+            *domains,
             ("Worst patients", _worst_patients(test)),
         ]
-        for name in ("subtype", "domain"):
-            if name in test:
-                found.insert(-1, (f"By {name}", _by(test, name)))
-    return found
+
+
+def _fitted(val: dict[str, np.ndarray] | None) -> tuple[float, str]:
+    """A temperature, and where it is from."""
+    if val is None or not len(val["label"]):
+        return 1.0, "none: there are no validation rows"
+    weight = metrics.patient_weights(val["patient"])
+    temperature = metrics.fit_temperature(val["logits"], val["label"], sample_weight=weight)
+    return temperature, "fitted on the validation patients"
 
 
 def _metrics(test: dict) -> list:
     rows = []
     for name, metric in metrics.METRICS.items():
-        found = metrics.cluster_interval(name, test["label"], test["probability"], test["patient"])
+        measured = metrics.cluster_interval(name, test["label"], test["probability"], test["patient"])
         by_image = metric(test["label"], test["probability"])
         rows.append(
-            [name.replace("_", " "), f"{found.value:.4f}", interval(found.low, found.high) or "-", f"{by_image:.4f}"]
+            [
+                name.replace("_", " "),
+                f"{measured.value:.4f}",
+                interval(measured.low, measured.high) or "-",
+                f"{by_image:.4f}",
+            ]
         )
     n, benign, malignant = len(test["label"]), *(len(set(test["patient"][test["label"] == c])) for c in (0, 1))
     return [
@@ -150,8 +158,7 @@ def _calibration(test: dict, temperature: float, source: str) -> list:
         f"T={temperature:.2f}": test["probability"],
         f"oracle: T={oracle:.2f}, fitted on these very rows": metrics.apply_temperature(test["logits"], oracle)[:, 1],
     }
-    names = ("brier", "log_loss", "expected_calibration_error", "debiased_calibration_error")
-    names += ("smooth_calibration_error",)
+    names = ("brier", "log_loss", "expected_calibration_error")
     rows = []
     for kind, p in kinds.items():
         parts = metrics.corp_decomposition(label, p, weight)
@@ -215,8 +222,8 @@ def _abstention(test: dict) -> list:
 def _worst_patients(test: dict, n: int = 10) -> list:
     rows = []
     for patient in np.unique(test["patient"]):
-        mine = test["patient"] == patient
-        label, p = test["label"][mine], test["probability"][mine]
+        chosen = test["patient"] == patient
+        label, p = test["label"][chosen], test["probability"][chosen]
         rows.append((float(np.mean((p - label) ** 2)), str(patient), label, p))
     rows.sort(key=lambda row: -row[0])
     cells = []
@@ -229,12 +236,12 @@ def _worst_patients(test: dict, n: int = 10) -> list:
 def _by(test: dict, name: str) -> list:
     rows = []
     for value in np.unique(test[name]):
-        mine = {key: column[test[name] == value] for key, column in test.items()}
-        weight = metrics.patient_weights(mine["patient"])
-        of_rows = mine["label"], mine["probability"], weight
-        figures = [*_at(mine, 0.5), metrics.auc(*of_rows), metrics.brier(*of_rows)]
-        shown = domain_name(value.item()) if name == "domain" else str(value)
-        counts = [str(len(mine["label"])), str(len(set(mine["patient"])))]
+        chosen = {key: column[test[name] == value] for key, column in test.items()}
+        weight = metrics.patient_weights(chosen["patient"])
+        given = chosen["label"], chosen["probability"], weight
+        figures = [*_at(chosen, 0.5), metrics.auc(*given), metrics.brier(*given)]
+        shown = domain_name(value) if name == "domain" else str(value)
+        counts = [str(len(chosen["label"])), str(len(set(chosen["patient"])))]
         rows.append([shown, *counts, *("-" if np.isnan(v) else f"{v:.3f}" for v in figures)])
     head = [name, "images", "patients", "sensitivity", "specificity", "AUC", "Brier"]
     return ["Patient-balanced, at a threshold of 0.5.", Table(head, rows)]

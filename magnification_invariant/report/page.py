@@ -10,9 +10,12 @@ import io
 import math
 import re
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
+
+from magnification_invariant.files import locked, whole
 
 _PAGE = Template("""<!DOCTYPE html>
 <html lang="en">
@@ -89,24 +92,43 @@ def markdown(title: str, sections: Iterable[Section], pictures: str = ".") -> st
     return "\n\n".join(parts) + "\n"
 
 
-def write(folder: Path, name: str, title: str, sections: Iterable[Section], *, with_page: bool = True) -> list[Path]:
-    """Write ``name.md``, its pictures in the folder ``name`` and, on request, ``name.html``, each whole or not at all.
+def write(
+    folder: str | Path, name: str, title: str, sections: Iterable[Section], *, with_page: bool = True
+) -> list[Path]:
+    """Write ``name.md``, its pictures in the folder ``name`` and, on request, ``name.html``: all of them or none.
+
+    Args:
+        folder: To write to; made if needed.
+        name: Of the report.
+        title: Its first heading.
+        sections: Read only here, so that whoever makes them as they are read has the place to himself meanwhile.
+        with_page: Write the HTML.
 
     Returns:
         The files.
+
+    Raises:
+        Busy: Another process writes this report.
+        CannotWrite: The disk is full or read-only.
+        ValueError: The folder for the pictures, which is replaced, holds other files.
     """
-    folder, sections = Path(folder), list(sections)
-    files = {folder / f"{name}.md": markdown(title, sections, name).encode()}
-    if with_page:
-        files[folder / f"{name}.html"] = page(title, sections).encode()
-    for _, blocks in sections:
-        files |= {folder / name / f"{_stem(b.name)}.png": b.png for b in blocks if isinstance(b, Picture)}
-    for path, content in files.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + ".tmp")
-        unfinished.write_bytes(content)
-        unfinished.replace(path)
-    return list(files)
+    folder = Path(folder)
+    if others := [path.name for path in (folder / name).glob("[!.]*") if path.suffix != ".png"]:
+        raise ValueError(f"{folder / name} is no folder of a report's pictures, it holds {others[0]}: write elsewhere")
+    with locked(folder / name), ExitStack() as renamed:  # the first of them last
+        sections = list(sections)
+        files = {folder / f"{name}.md": markdown(title, sections, name)}
+        if with_page:
+            files[folder / f"{name}.html"] = page(title, sections)
+        for path, text in files.items():
+            renamed.enter_context(whole(path)).write_text(text, encoding="utf-8")
+        pictures = {f"{_stem(b.name)}.png": b.png for _, blocks in sections for b in blocks if isinstance(b, Picture)}
+        if pictures:
+            unfinished = renamed.enter_context(whole(folder / name))
+            unfinished.mkdir()
+            for file, png in pictures.items():
+                (unfinished / file).write_bytes(png)
+    return [*files, *(folder / name / file for file in pictures)]
 
 
 def markdown_table(head: list[str], rows: list[list[str]]) -> str:

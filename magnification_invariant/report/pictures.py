@@ -1,18 +1,17 @@
 """Pictures of finished cells, as PNG: the last argument of each is a path, or a file open for writing bytes."""
 
 import io
-import json
 from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 
 import numpy as np
-import safetensors.numpy
 from PIL import Image
 
 from magnification_invariant import metrics
 from magnification_invariant.data.splits import domain_name
-from magnification_invariant.report.runs import Run, by_title, joined
+from magnification_invariant.records import Run
+from magnification_invariant.report.runs import by_title, held_outs, joined
 
 CLASS_COLOURS = ("#2c7fb8", "#d95f0e")  # benign, malignant
 
@@ -34,26 +33,30 @@ def _figure(n: int, width: float = 4.2, height: float = 4.0):
 
 def _save(figure, path) -> None:
     """At most 256 colours, which makes a third of the bytes."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a dollar in a name is no formula
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=100)
     picture = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
     picture.save(path, "PNG", optimize=True)
 
 
-def reliability(folders: Iterable[Path], path, part: str = "test") -> None:
+def reliability(runs: Iterable[Run], path, part: str = "test") -> None:
     """Reliability as trained, at the fitted temperature and at the oracle's, a panel a row of the table.
 
     Bins of equal mass, patient-balanced, all runs of a method together; T is the runs' geometric mean.
     """
-    groups = by_title(map(Run, map(Path, folders)))
+    groups = by_title(runs)
     figure, axes = _figure(len(groups))
     kinds = {"as trained": "0.5", "scaled on validation": "#31a354", "oracle: scaled on the test itself": "#756bb1"}
-    for axis, (title, runs) in zip(axes, groups.items(), strict=True):
+    for axis, (title, group) in zip(axes, groups.items(), strict=True):
         axis.plot([0, 1], [0, 1], color="0.7", lw=1)
-        temperatures = zip(*((1.0, r.results["temperature"], r.oracle_temperature(part)) for r in runs), strict=True)
+        temperatures = zip(*((1.0, run.temperature, run.oracle_temperature(part)) for run in group), strict=True)
         for (label, colour), used in zip(kinds.items(), temperatures, strict=True):
-            p = joined(runs, part, used)
-            weight = np.concatenate([metrics.patient_weights(p["groups"][p["runs"] == k]) for k in range(len(runs))])
+            p = joined(group, part, used)
+            weight = np.concatenate([metrics.patient_weights(p["groups"][p["runs"] == k]) for k in range(len(group))])
             curve = metrics.reliability_curve(p["y_true"], p["y_prob"], sample_weight=weight, n_bins=8)
             brier = metrics.brier(p["y_true"], p["y_prob"], sample_weight=weight)
             mean = np.exp(np.mean(np.log(used)))
@@ -70,24 +73,27 @@ def roc(runs: Iterable[Run], path, part: str = "test") -> None:
     Averaged at equal specificity, patient-balanced: scores of different models are on no common scale.
     """
     runs = list(runs)
-    held_outs = sorted({run.held_out for run in runs})
-    figure, axes = _figure(len(held_outs))
+    groups, domains = by_title(runs), held_outs(runs)
+    figure, axes = _figure(len(domains))
     grid = np.linspace(0, 1, 201)
-    for axis, held_out in zip(axes, held_outs, strict=True):
+    for axis, held_out in zip(axes, domains, strict=True):
         axis.plot([0, 1], [0, 1], color="0.7", lw=1)
-        for title, group in by_title(run for run in runs if run.held_out == held_out).items():
-            if title != "constant":
-                axis.plot(grid, np.mean([_sensitivity(run.part(part), grid) for run in group], 0), label=title, lw=1.5)
-        axis.set(
-            title=f"{domain_name(held_out)} held out", xlabel="1 - specificity", ylabel="sensitivity", aspect="equal"
-        )
+        for title, group in groups.items():
+            curves = [_sensitivity(run.part(part), grid) for run in group if run.held_out == held_out]
+            if curves and group[0].method != "constant":
+                axis.plot(grid, np.mean(curves, 0), label=title, lw=1.5)
+        title = f"{domain_name(held_out)} held out" if part == "test" else part.replace("_", " ")
+        axis.set(title=title, xlabel="1 - specificity", ylabel="sensitivity", aspect="equal")
         axis.legend(loc="lower right", fontsize=8)
     _save(figure, path)
 
 
 def _sensitivity(p: dict, grid: np.ndarray) -> np.ndarray:
+    """NaN without images of both classes."""
     from sklearn.metrics import roc_curve
 
+    if len(np.unique(p["label"])) < 2:
+        return np.full_like(grid, np.nan)
     weight = metrics.patient_weights(p["patient"])
     return np.interp(grid, *roc_curve(p["label"], p["probability"], sample_weight=weight)[:2])
 
@@ -167,28 +173,24 @@ def zoom(curves: dict[str, dict], trained: tuple[float, float], seen: np.ndarray
     _save(figure, path)
 
 
-def embedding_map(folder: Path, path) -> None:
-    """First two principal components of the test patients' embeddings, by class and by magnification.
+def embedding_map(run: Run, path) -> None:
+    """First two principal components of the test patients' embeddings, by class and by domain.
 
     The components are those of the training embeddings, so that the picture is not fitted to what it shows.
     """
-    run = Run(Path(folder))
-    tensors = safetensors.numpy.load_file(run.folder / "embeddings.safetensors")
-    train = tensors["train.embedding"]
-    _, _, axes_ = np.linalg.svd(train - train.mean(0), full_matrices=False)
-    parts = ("test", "test_source")
-    points = np.concatenate([tensors[f"{part}.embedding"] for part in parts])
-    points = (points - train.mean(0)) @ axes_[:2].T
-    shown = {name: np.concatenate([run.part(part)[name] for part in parts]) for name in ("label", "domain")}
+    train, parts = run.embeddings("train"), ("test", "test_source")
+    mean = train.mean(0)
+    _, _, components = np.linalg.svd(train - mean, full_matrices=False)
+    points = (np.concatenate([run.embeddings(part) for part in parts]) - mean) @ components[:2].T
+    keys = [run.keys(part) for part in parts]
+    label, domain = (np.concatenate([each[name] for each in keys]) for name in ("label", "domain"))
     figure, (left, right) = _figure(2)
     for value, name, colour in ((0, "benign", CLASS_COLOURS[0]), (1, "malignant", CLASS_COLOURS[1])):
-        chosen = shown["label"] == value
-        left.scatter(*points[chosen].T, s=10, color=colour, label=name, alpha=0.7, lw=0)
-    for domain in np.unique(shown["domain"]):
-        chosen = shown["domain"] == domain
-        unseen = " (unseen)" if domain == run.held_out else ""
-        right.scatter(*points[chosen].T, s=10, label=f"{domain_name(domain.item())}{unseen}", alpha=0.7, lw=0)
-    for axis, title in ((left, "by class"), (right, "by magnification")):
+        left.scatter(*points[label == value].T, s=10, color=colour, label=name, alpha=0.7, lw=0)
+    for value in np.unique(domain):
+        name = domain_name(value) + " (unseen)" * bool(value == run.held_out)
+        right.scatter(*points[domain == value].T, s=10, label=name, alpha=0.7, lw=0)
+    for axis, title in ((left, "by class"), (right, "by domain")):
         axis.set(title=f"{run.folder.name}\n{title}", xlabel="first component", ylabel="second component")
         axis.legend(fontsize=8)
     _save(figure, path)
@@ -202,14 +204,13 @@ def curves(runs: Iterable[Run], path) -> None:
     panels = {}
     for title, group in by_title(runs).items():
         for stage, what in (("prepare", f"{title}: trained first"), ("metrics", title)):
-            logs = [run.folder / f"{stage}.jsonl" for run in group]
-            if lines := [json.loads(line) for log in logs if log.exists() for line in log.read_text().splitlines()]:
-                panels[what] = lines
+            if losses := [line for run in group for line in run.losses(stage)]:
+                panels[what] = losses
     figure, axes = _figure(len(panels))
-    for axis, (title, lines) in zip(axes, panels.items(), strict=True):
-        epochs = sorted({line["epoch"] for line in lines})
-        for name in sorted(lines[0].keys() - {"epoch", "loss", "learning_rate"}):
-            mean = [np.mean([line[name] for line in lines if line["epoch"] == epoch]) for epoch in epochs]
+    for axis, (title, losses) in zip(axes, panels.items(), strict=True):
+        epochs = sorted({line["epoch"] for line in losses})
+        for name in sorted(losses[0].keys() - {"epoch", "loss", "learning_rate"}):
+            mean = [np.mean([line[name] for line in losses if line["epoch"] == epoch]) for epoch in epochs]
             axis.plot(epochs, mean, label=name.replace("_", " "))
         axis.set(title=title, xlabel="epoch", ylim=(0, None))
         axis.legend(fontsize=8)

@@ -8,52 +8,58 @@ from pathlib import Path
 import numpy as np
 
 from magnification_invariant.data.splits import domain_name
+from magnification_invariant.records import Run
 from magnification_invariant.report.page import markdown_table, number
-from magnification_invariant.report.runs import Run, estimate
+from magnification_invariant.report.runs import WHAT_SCALED_IS, Row, by_title, estimate, held_outs, rows_of
 
 WEIGHTINGS = {"patient_balanced": "each image weighs 1/n of its patient", "image": "each image weighs the same"}
 
 
 def summarise(folders: Iterable[Path], part: str = "test") -> list[dict]:
-    """One row a (method, held-out magnification), averaged over its cells (folds and seeds).
+    """One row a (method, setting, held-out domain), averaged over its cells (folds and seeds).
 
     Metrics are computed within a cell and then averaged: raw scores of different models are never pooled. AUC and Brier
-    are `runs.estimate`'s, with its intervals.
+    are `runs.estimate`'s, with its intervals. Floors come first; each network is followed by its row "scale-normalised"
+    (see `runs.WHAT_SCALED_IS`).
 
     Args:
-        folders: finished cells.
-        part: "test" (the unseen magnification), "test_source" (the same patients at the seen ones) or "val".
+        folders: Finished cells.
+        part: "test" (the unseen magnification), "test_source" (the same patients at the seen ones) or "val"; only of
+            "test" there are scale-normalised rows.
     """
-    groups = defaultdict(list)
-    for run in map(Run, map(Path, folders)):
-        groups[run.title, run.held_out].append(run)
-    return [_row(method, held_out, runs, part) for (method, held_out), runs in groups.items()]
+    runs = [Run(folder) for folder in folders]
+    groups = by_title(runs)
+    rows = rows_of(groups) if part == "test" else {title: Row(title, group, part) for title, group in groups.items()}
+    parts = [row.at(held_out) for held_out in held_outs(runs) for row in rows.values()]
+    return [_summary(row) for row in parts if row.runs]
 
 
-def _row(method: str, held_out: int | str, runs: list[Run], part: str) -> dict:
+def _summary(row: Row) -> dict:
     measured = defaultdict(list)
-    for run in runs:
+    for run in row.runs:
         results = run.results
         for weighting in WEIGHTINGS:
-            for name, value in results["parts"][part][weighting].items():
+            for name, value in results["parts"][row.part][weighting].items():
                 measured[weighting, name].append(value)
-        if signature := results.get("signature"):
+        if run.is_network:
+            measured["uncalibrated", "brier"].append(results["uncalibrated"][row.part]["patient_balanced"]["brier"])
+        if (signature := results.get("signature")) and row.part == "test":
             for name in ("size", "width", "live", "jaccard", "nogueira"):
                 measured["signature", name].append(signature.get(name))
-            measured["uncalibrated", "brier"].append(results["uncalibrated"][part]["patient_balanced"]["brier"])
-    marks = sorted({mark for run in runs for mark in run.marks})
-    row = {"method": method, "held_out": held_out, "cells": len(runs), "marks": marks}
+    marks = sorted({mark for run in row.runs for mark in run.marks})
+    summary = {"method": row.title, "held_out": row.runs[0].held_out, "cells": len(row.runs), "marks": marks}
+    summary["part"] = row.part
     for (group, name), values in measured.items():
         known = [value for value in values if value is not None and not np.isnan(value)]
-        row.setdefault(group, {})[name] = float(np.mean(known)) if known else None
+        summary.setdefault(group, {})[name] = float(np.mean(known)) if known else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # too few patients for an interval: there is none in the row
         for name in ("auc", "brier"):
-            value, *interval = estimate(runs, name, part)
-            row["patient_balanced"][name] = None if np.isnan(value) else value
+            value, *interval = estimate(row.runs, name, row.part)
+            summary["patient_balanced"][name] = None if np.isnan(value) else value
             if not np.isnan(interval).any():
-                row[f"{name}_interval"] = interval
-    return row
+                summary[f"{name}_interval"] = interval
+    return summary
 
 
 def markdown(rows: list[dict], part: str = "test") -> str:
@@ -65,11 +71,13 @@ def markdown(rows: list[dict], part: str = "test") -> str:
         if weighting == "patient_balanced":
             head += ["Brier before T", "signature", "Jaccard", "Nogueira"]
         lines = []
-        for row in sorted(rows, key=lambda row: (row["held_out"], row["method"] not in ("constant", "colour"))):
-            s, signature = row[weighting], row.get("signature", {})
+        for row in rows:
+            scores, signature = row[weighting], row.get("signature", {})
             name = row["method"] + "".join(f" [{marks.index(mark) + 1}]" for mark in row["marks"])
             cells = [name, domain_name(row["held_out"])]
-            cells += [number(s[k]) for k in ("auc", "f1", "balanced_accuracy", "brier", "expected_calibration_error")]
+            cells += [
+                number(scores[k]) for k in ("auc", "f1", "balanced_accuracy", "brier", "expected_calibration_error")
+            ]
             if weighting == "patient_balanced":
                 if "auc_interval" in row:
                     cells[2] += " [{:.3f}, {:.3f}]".format(*row["auc_interval"])
@@ -80,4 +88,5 @@ def markdown(rows: list[dict], part: str = "test") -> str:
         title = f"{weighting.replace('_', '-')} ({meaning}), part `{part}`"
         blocks.append(f"{title}\n\n" + markdown_table(head, lines))
     notes = [f"[{i}] {mark}" for i, mark in enumerate(marks, 1)]
-    return "\n\n".join([*blocks, *notes])
+    scaled = [WHAT_SCALED_IS] * any(row["part"] != part for row in rows)
+    return "\n\n".join([*blocks, *scaled, *notes])

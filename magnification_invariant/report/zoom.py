@@ -1,20 +1,17 @@
-"""Zoom curves in a report: AUC, Brier and CKA against micrometres per pixel, from the ``zoom.parquet`` of cells."""
+"""Zoom curves in a report: AUC, Brier and CKA against micrometres per pixel, of runs that have them."""
 
-import json
 from collections import defaultdict
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from magnification_invariant import metrics
 from magnification_invariant.data.splits import domain_name
 from magnification_invariant.metrics.intervals import Interval
-from magnification_invariant.records import POSITIVE, ZOOM
+from magnification_invariant.records import POSITIVE, Run
 from magnification_invariant.report import pictures
 from magnification_invariant.report.page import Picture, Table, interval, number
-from magnification_invariant.report.runs import Run, star
+from magnification_invariant.report.runs import star
 
 SHOWN = {
     "rendered": "virtual, drawn anew",
@@ -27,11 +24,11 @@ class Point(NamedTuple):
     """What some runs of one method give at one scale.
 
     Attributes:
-        mpp: micrometres per pixel at the network's input.
-        auc: patient-balanced, with its 95 % interval over patients.
-        brier: the same, at each run's temperature.
-        cka: of the embeddings here and at the reference, mean over runs.
-        reference: this is it.
+        mpp: Micrometres per pixel at the network's input.
+        auc: Patient-balanced, with its 95 % interval over patients.
+        brier: The same, at each run's temperature.
+        cka: Of the embeddings here and at the reference, mean over runs.
+        reference: This is it.
     """
 
     mpp: float
@@ -44,28 +41,29 @@ class Point(NamedTuple):
 def zoom_blocks(networks: dict[str, list[Run]]) -> list:
     """What a report says of the zoom curves of runs; nothing if no run has any.
 
-    A picture shows what has one held-out magnification and one range trained on.
+    A picture shows what has one held-out domain and one range trained on.
     """
     groups = defaultdict(dict)
     for title, runs in networks.items():
         for run in runs:
-            if (run.folder / ZOOM).is_file():
-                groups[run.held_out, trained_range(run)].setdefault(title, []).append(run)
+            if run.zoom_curves is not None:
+                trained = tuple(float(f"{mpp:.5g}") for mpp in run.results["mpp_range"])
+                groups[run.held_out, trained].setdefault(title, []).append(run)
     rows, drawn = [], []
     for (held_out, trained), methods in sorted(groups.items(), key=lambda item: (str(item[0][0]), item[0][1])):
-        curves = {title: _named(points_of(runs), domain_name(held_out)) for title, runs in methods.items()}
+        domain = domain_name(held_out)
+        curves = {title: _named(points_of(runs), domain) for title, runs in methods.items()}
         first = next(iter(methods.values()))[0]
         marks = [np.unique(first.part(part)["mpp"].round(6)) for part in ("val", "test")]
         caption = (
-            f"{domain_name(held_out)} held out. Grey: trained on; ticks below: acquisitions trained on; dashed: the "
-            "unseen one. Bands: 95 % over patients."
+            f"{domain} held out. Grey: trained on; ticks below: acquisitions trained on; dashed: the unseen one. "
+            "Bands: 95 % over patients."
         )
-        name = f"zoom_{domain_name(held_out)}_{trained[0]:.3g}-{trained[1]:.3g}"
+        name = f"zoom_{domain}_{trained[0]:.3g}-{trained[1]:.3g}"
         drawn.append(Picture.drawn(name, caption, pictures.zoom, curves, trained, *marks))
-        for title, of_title in curves.items():
-            for (shown, source), points in of_title.items():
-                name = title + star(methods[title])
-                rows.append([name, domain_name(held_out), shown, source, *_cells(points)])
+        for title, by_source in curves.items():
+            for (shown, source), points in by_source.items():
+                rows.append([title + star(methods[title]), domain, shown, source, *_cells(points)])
     if not rows:
         return []
     head = ["method", "held out", "shown", "source", "um/px"]
@@ -87,40 +85,36 @@ def _named(curves: dict[tuple[str, str], list[Point]], unseen: str) -> dict[tupl
     return {(SHOWN[variant], mark.get(source, source)): points for (variant, source), points in curves.items()}
 
 
-def trained_range(run: Run) -> tuple[float, float]:
-    """Micrometres per pixel that the network of the run's zoom curves was trained on, continuous zoom included."""
-    about = json.loads(pq.read_schema(run.folder / ZOOM).metadata[b"about"])
-    return tuple(float(f"{mpp:.5g}") for mpp in about["mpp_range"])
-
-
 def points_of(runs: list[Run]) -> dict[tuple[str, str], list[Point]]:
     """The curves of runs of one method, by variant and source magnification, each from fine to coarse.
 
     Runs are joined where they have the same scale: patients are the clusters, scores of different runs are never
     pooled.
     """
-    tables = []
+    columns = defaultdict(list)
     for k, run in enumerate(runs):
-        table = pq.read_table(run.folder / ZOOM).replace_schema_metadata()
+        table = run.zoom_curves
+        for name in ("variant", "source", "label", "patient", "cka", "reference"):
+            columns[name].append(np.array(table[name].to_pylist()))
+        columns["mpp"].append(np.array([float(f"{mpp:.5g}") for mpp in table["mpp"].to_pylist()]))
         logits = np.array(table["logits"].to_pylist())
-        probability = metrics.apply_temperature(logits, run.results["temperature"])[:, POSITIVE]
-        table = table.append_column("probability", pa.array(probability))
-        tables.append(table.append_column("run", pa.array(np.full(len(table), k))))
-    joined = pa.concat_tables(tables)
-    of = {name: np.array(joined[name].to_pylist()) for name in joined.column_names if name != "logits"}
-    mpp = np.array([float(f"{value:.5g}") for value in of["mpp"]])
+        columns["probability"].append(metrics.apply_temperature(logits, run.temperature)[:, POSITIVE])
+        columns["run"].append(np.full(len(table), k))
+    joined = {name: np.concatenate(parts) for name, parts in columns.items()}
     curves = {}
-    for variant, source in dict.fromkeys(zip(of["variant"].tolist(), of["source"].tolist(), strict=True)):
-        curve = (of["variant"] == variant) & (of["source"] == source)
-        curves[variant, source] = [_point(scale, of, curve & (mpp == scale)) for scale in np.unique(mpp[curve])]
+    for variant, source in dict.fromkeys(zip(joined["variant"].tolist(), joined["source"].tolist(), strict=True)):
+        curve = (joined["variant"] == variant) & (joined["source"] == source)
+        scales = np.unique(joined["mpp"][curve])
+        curves[variant, source] = [_point(scale, joined, curve & (joined["mpp"] == scale)) for scale in scales]
     return curves
 
 
-def _point(mpp: float, of: dict[str, np.ndarray], rows: np.ndarray) -> Point:
-    given = [of[name][rows] for name in ("label", "probability", "patient")]
-    found = (metrics.cluster_interval(name, *given, runs=of["run"][rows]) for name in ("auc", "brier"))
-    cka = [of["cka"][rows & (of["run"] == run)][0] for run in np.unique(of["run"][rows])]
-    return Point(float(mpp), *found, float(np.mean(cka)), bool(of["reference"][rows].all()))
+def _point(mpp: float, columns: dict[str, np.ndarray], rows: np.ndarray) -> Point:
+    here = {name: column[rows] for name, column in columns.items()}
+    given = here["label"], here["probability"], here["patient"]
+    auc, brier = (metrics.cluster_interval(name, *given, runs=here["run"]) for name in ("auc", "brier"))
+    cka = [here["cka"][here["run"] == run][0] for run in np.unique(here["run"])]
+    return Point(float(mpp), auc, brier, float(np.mean(cka)), bool(here["reference"].all()))
 
 
 def _cells(points: list[Point]) -> list[str]:

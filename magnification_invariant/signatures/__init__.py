@@ -2,29 +2,19 @@
 
 from importlib import import_module
 
-_PUBLIC = {
-    "l1_logistic_path": "solver",
-    "SparseSignature": "sparse_signature",
-    "size_at_loss": "sparse_signature",
-    "write_embeddings": "embeddings",
-    "read_embeddings": "embeddings",
-    "about_embeddings": "embeddings",
-    "live_dimensions": "embeddings",
-    "SignatureProjector": "projector",
-    "weights_digest": "projector",
-    "agreement": "refits",
-    "refit_stability": "refits",
-    "refit_supports": "refits",
-    "stability_selection": "stable_selection",
-    "match_units": "networks",
-    "same_units": "networks",
+_MODULES = {
+    "solver": ["l1_logistic_path"],
+    "sparse_signature": ["NothingToSelect", "SparseSignature", "live_dimensions", "size_at_loss"],
+    "projector": ["SignatureProjector", "weights_digest"],
+    "refits": ["agreement", "halves", "refit_stability", "refit_supports"],
 }
 
-__all__ = [*_PUBLIC]
+__all__ = [name for names in _MODULES.values() for name in names]
 
 
 def __getattr__(name: str):
     # scikit-learn is imported only by those who fit a signature.
-    if name not in _PUBLIC:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,8 +1,8 @@
 """SignatureProjector: the frozen signature that is shared beside a model's weights."""
 
 import hashlib
-import json
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from magnification_invariant.files import read_json, whole, write_json
 from magnification_invariant.hub_files import resolve, upload
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ _ARRAYS = ("indices", "mean", "scale", "weight", "bias")
 
 
 def probabilities(scores: np.ndarray) -> np.ndarray:
-    """Turns decision scores (n, K) into class probabilities.
+    """Turns decision scores (n, K) into class probabilities (n, classes).
 
     One column is the log-odds of the second of two classes; several are one-vs-rest scores, whose probabilities are
     scaled to sum to 1.
@@ -50,7 +51,7 @@ class SignatureProjector:
     """Maps embeddings of one model to signatures and class probabilities, with numpy alone.
 
     Attributes:
-        indices: (k,) dimensions of the embedding that make the signature, rising.
+        indices: (k,) dimensions of the embedding that make the signature, rising; k may be 0.
         mean: (k,) what is subtracted from them.
         scale: (k,) what they are divided by then.
         weight: (K, k) coefficients on the signature; K = 1 for two classes, else one row a class (one-vs-rest).
@@ -82,33 +83,30 @@ class SignatureProjector:
     def __post_init__(self):
         k, heads = len(self.indices), 1 if len(self.class_names) == 2 else len(self.class_names)
         shapes = {"indices": (k,), "mean": (k,), "scale": (k,), "weight": (heads, k), "bias": (heads,)}
-        found = {name: getattr(self, name).shape for name in shapes}
-        wrong = {name: shape for name, shape in found.items() if shape != shapes[name]}
+        wrong = {name: getattr(self, name).shape for name in shapes if getattr(self, name).shape != shapes[name]}
         if wrong:
             raise ValueError(f"a signature of {k} dimensions and {len(self.class_names)} classes cannot have {wrong}")
         if not all(np.isfinite(getattr(self, name)).all() for name in _ARRAYS) or (self.scale <= 0).any():
             raise ValueError("means, weights and biases of a signature must be finite and its scales positive")
+        if self.indices.dtype.kind not in "iu":
+            raise ValueError(f"indices of a signature must be integers, not {self.indices.dtype}")
         if k and not 0 <= self.indices.min() <= self.indices.max() < self.width:
             raise ValueError(f"indices {self.indices.min()} to {self.indices.max()} in an embedding of {self.width}")
 
     @classmethod
     def from_signature(
-        cls,
-        signature: "SparseSignature",
-        *,
-        class_names: list[str] | None = None,
-        embedding: str,
-        source: str,
-        revision: str | None = None,
-        weights_sha256: str | None = None,
-        mpp_range: tuple[float, float] | None = None,
-        stability: dict[str, Any] | None = None,
+        cls, signature: "SparseSignature", *, class_names: list[str] | None = None, **attributes: Any
     ) -> "SignatureProjector":
-        """Freezes a fitted `SparseSignature`; `class_names` are in the order of its `classes_`, their default."""
+        """Freezes a fitted `SparseSignature`, given the `attributes` of this class from `embedding` on.
+
+        `class_names` are in the order of its `classes_`, their default.
+        """
         names = [str(c) for c in signature.classes_] if class_names is None else list(class_names)
         if len(names) != len(signature.classes_):
             raise ValueError(f"{len(names)} class names for {len(signature.classes_)} classes: {names}")
         chosen = signature.signature_
+        if attributes.get("mpp_range") is not None:
+            attributes["mpp_range"] = tuple(map(float, attributes["mpp_range"]))
         return cls(
             indices=chosen.astype(np.int64),
             mean=signature.mean_[chosen],
@@ -117,29 +115,17 @@ class SignatureProjector:
             bias=signature.intercept_,
             width=signature.n_features_in_,
             class_names=tuple(names),
-            embedding=embedding,
-            source=source,
-            revision=revision,
-            weights_sha256=weights_sha256,
-            mpp_range=None if mpp_range is None else (float(mpp_range[0]), float(mpp_range[1])),
-            stability=stability or {},
+            **attributes,
         )
 
     def transform(
         self, embeddings: ArrayLike, *, embedding: str | None = None, source: str | None = None
     ) -> np.ndarray:
-        """Projects embeddings to signatures.
-
-        Args:
-            embeddings: (n, width).
-            embedding: Their kind, checked where it is given.
-            source: Id of the model that made them, checked where it is given.
-
-        Returns:
-            (n, k) standardised values of the chosen dimensions, float64.
+        """Projects embeddings (n, width) to signatures (n, k): standardised values of the chosen dimensions, float64.
 
         Raises:
-            ValueError: On embeddings of another width, kind or model, or with NaN.
+            ValueError: On NaN, or embeddings of another width, or of another `embedding` kind or `source` model, where
+                these are given.
         """
         embeddings = np.asarray(embeddings)
         for name, given, own in (("kind", embedding, self.embedding), ("model", source, self.source)):
@@ -155,18 +141,12 @@ class SignatureProjector:
             raise ValueError(f"{np.sum(~np.isfinite(chosen).all(axis=1))} embeddings hold NaN or infinity")
         return (chosen - self.mean) / self.scale
 
-    def predict_proba(
-        self, embeddings: ArrayLike, *, embedding: str | None = None, source: str | None = None
-    ) -> np.ndarray:
+    def predict_proba(self, embeddings: ArrayLike, **checked: str) -> np.ndarray:
         """Class probabilities (n, classes), in the order of `class_names`; arguments as in `transform`."""
-        signatures = self.transform(embeddings, embedding=embedding, source=source)
-        return probabilities(signatures @ self.weight.T + self.bias)
+        return probabilities(self.transform(embeddings, **checked) @ self.weight.T + self.bias)
 
     def as_module(self, model: "torch.nn.Module") -> "torch.nn.Module":
-        """Joins the signature to its network: a module from images to signatures, which torch and ONNX can export.
-
-        Args:
-            model: The timm ResNet whose embeddings the signature was fitted on.
+        """Joins the signature to the timm network that it was fitted on: a module that torch and ONNX can export.
 
         Returns:
             A module in eval mode: normalised images (B, 3, H, W) to signatures (B, k), float32.
@@ -182,48 +162,41 @@ class SignatureProjector:
         if kind == "pyramid":
             width = 2 * sum(stage["num_chs"] for stage in model.feature_info[1:])
         if width != self.width:
-            raise ValueError(
-                f"this signature takes {kind!r} embeddings of width {self.width}, the model's have {width}"
-            )
+            raise ValueError(f"this signature takes {kind!r} embeddings of {self.width} dimensions, not {width}")
         if self.weights_sha256 not in (None, weights_digest(model)):
             raise ValueError(
                 f"these are not the weights of {self.source!r}, which this signature belongs to: its indices mean "
                 "nothing in another network. Load that model as it was saved, and change its type only afterwards"
             )
+        projector = self
 
         class Signature(torch.nn.Module):
-            def __init__(self, arrays: dict[str, np.ndarray]):
+            def __init__(self):
                 super().__init__()
                 self.model = model
-                self.register_buffer("indices", torch.from_numpy(arrays["indices"]))
-                self.register_buffer("mean", torch.from_numpy(arrays["mean"]).float())
-                self.register_buffer("scale", torch.from_numpy(arrays["scale"]).float())
+                self.register_buffer("indices", torch.from_numpy(projector.indices))
+                self.register_buffer("mean", torch.from_numpy(projector.mean).float())
+                self.register_buffer("scale", torch.from_numpy(projector.scale).float())
 
             def forward(self, images: torch.Tensor) -> torch.Tensor:
                 _, embedding = embed(self.model, images, kind)
                 return (embedding.index_select(1, self.indices) - self.mean) / self.scale
 
-        return Signature({name: getattr(self, name) for name in _ARRAYS}).eval()
+        return Signature().eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `signature.json` and `signature.safetensors` into a folder, beside a model's own files."""
         from safetensors.numpy import save_file
 
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        about = {name: value for name, value in asdict(self).items() if name not in _ARRAYS}
-        about = {"format": FORMAT, "size": len(self.indices), **about}
-        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
-        save_file(arrays, folder / WEIGHTS_FILE)
-        about = json.loads(json.dumps(about), parse_constant=lambda _: None)  # JSON has no NaN
-        (folder / JSON_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        with whole(Path(folder) / WEIGHTS_FILE) as unfinished:
+            save_file({name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}, unfinished)
+        attributes = {name: value for name, value in asdict(self).items() if name not in _ARRAYS}
+        write_json(Path(folder) / JSON_FILE, {"format": FORMAT, "size": len(self.indices), **attributes})
 
     def push_to_hub(self, repo: str, **options) -> str:
-        """Commits the two files to a Hub model repository, beside what is there; returns the commit's URL.
+        """Commits the two files to the Hub repository of the model, beside what is there; returns the commit's URL.
 
-        Args:
-            repo: Repository id, best the one that holds the model itself.
-            **options: Of `hub_files.upload`: private, revision, create_pr, message.
+        `options` are those of `hub_files.upload`: private, revision, create_pr, message.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
@@ -234,16 +207,45 @@ class SignatureProjector:
         """Reads what `save_pretrained` or `push_to_hub` wrote.
 
         Raises:
-            FileNotFoundError: If the folder or repository holds no signature, or cannot be reached.
-            ValueError: If the two files do not fit each other, or a later version of this package wrote them.
+            FileNotFoundError: The folder or repository lacks one of the two files, or cannot be reached.
+            ValueError: A file is empty, cut or a git-lfs pointer, the two do not fit together, or a later version of
+                this package wrote them. All name the file and the way on.
         """
         from safetensors.numpy import load_file
 
-        file, weights = (resolve(str(repo_or_folder), name, revision) for name in (JSON_FILE, WEIGHTS_FILE))
-        about = json.loads(file.read_text(encoding="utf-8"))
-        if about.pop("format", None) != FORMAT:
-            raise ValueError(f"{file} is not of format {FORMAT}; update magnification_invariant")
-        about.pop("size")
-        about["class_names"] = tuple(about["class_names"])
-        about["mpp_range"] = about["mpp_range"] and tuple(about["mpp_range"])
-        return cls(**load_file(weights), **about)
+        try:
+            file, weights = (resolve(str(repo_or_folder), name, revision) for name in (JSON_FILE, WEIGHTS_FILE))
+        except FileNotFoundError as error:
+            if not Path(repo_or_folder).expanduser().is_dir():
+                raise
+            raise FileNotFoundError(f"{error}, and a signature is {JSON_FILE} and {WEIGHTS_FILE}: {_WAY_ON}") from None
+        attributes, arrays = _content(file, read_json), _content(weights, load_file)
+        if not isinstance(attributes, dict) or attributes.pop("format", None) != FORMAT:
+            raise ValueError(f"{file} is not of format {FORMAT}: update magnification_invariant, or {_WAY_ON}")
+        try:
+            if attributes.pop("size") != len(arrays["indices"]):
+                raise ValueError(f"{len(arrays['indices'])} indices")
+            attributes["class_names"] = tuple(attributes["class_names"])
+            attributes["mpp_range"] = attributes["mpp_range"] and tuple(attributes["mpp_range"])
+            return cls(**arrays, **attributes)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} and {weights.name} do not fit together ({error}): {_WAY_ON}") from None
+
+
+_WAY_ON = "fetch both files of the signature again (in a git clone: `git lfs pull`), or save it anew"
+
+
+def _content(path: Path, read: Callable[[Path], Any]) -> Any:
+    """What `read` makes of a file, or a ValueError that says what it is instead."""
+    from safetensors import SafetensorError
+
+    with open(path, "rb") as file:
+        start = file.read(len(b"version https://git-lfs"))
+    if start == b"version https://git-lfs":
+        raise ValueError(f"{path} is a git-lfs pointer and not the file itself: {_WAY_ON}")
+    if not start:
+        raise ValueError(f"{path} is empty: {_WAY_ON}")
+    try:
+        return read(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is cut or damaged ({error}): {_WAY_ON}") from None

@@ -1,4 +1,4 @@
-"""How far a signature survives other training data, on one backbone."""
+"""How far a signature survives other training data, on one backbone: an index means one dimension in all refits."""
 
 from itertools import combinations
 from typing import Any
@@ -25,16 +25,13 @@ def refit_supports(
 ) -> np.ndarray:
     """Refits a signature on parts of its data, at the same fraction of the first penalty.
 
-    All refits see the same embedding, so that an index means the same dimension in each.
-
     Args:
         signature: The fitted signature.
         X: (n, d) embeddings.
         y: (n,) labels.
         domains: (n,) domain of each row. Without subsamples, each refit leaves one domain out.
         groups: (n,) patient of each row, for subsamples.
-        n_subsamples: Refits on halves of the patients instead, dealt within their class; each half is followed by
-            its complement (Shah and Samworth, JRSS B 75, 2013).
+        n_subsamples: Refits on `halves` of the patients instead.
         seed: Seed of the halves.
 
     Returns:
@@ -49,7 +46,7 @@ def refit_supports(
         raise ValueError("pass domains to leave out, or a number of subsamples")
     else:
         domains = np.asarray(domains)
-        parts = [domains != left_out for left_out in np.unique(domains)]
+        parts = [domains != domain for domain in np.unique(domains)]
         if len(parts) < 2:
             raise ValueError(f"leaving out the only domain, {domains[0]!r}, leaves nothing to fit")
     refit = clone(signature).set_params(lambda_fraction=signature.lambda_fraction_)
@@ -79,10 +76,10 @@ def refit_stability(
     meaning = "none: too few refits"
     if n_subsamples >= MONTE_CARLO:
         meaning = "Monte Carlo, conditional on the cohort: it holds the chance of the halves, not of the patients"
-    found = agreement(supports[:, signature.live_])
+    figures = agreement(supports[:, signature.live_])
     if n_subsamples:
-        found["jaccard_pairs"] = None  # too many to keep
-    return {"refits": made, **found, "interval": meaning}
+        figures["jaccard_pairs"] = None  # too many to keep
+    return {"refits": made, **figures, "interval": meaning}
 
 
 def agreement(supports: ArrayLike) -> dict[str, Any]:
@@ -96,22 +93,18 @@ def agreement(supports: ArrayLike) -> dict[str, Any]:
         chance_jaccard, what random sets of these sizes score; nogueira and nogueira_interval.
     """
     supports = np.asarray(supports, bool)
+    value, *interval = nogueira(supports)
     sizes = supports.sum(axis=1).tolist()
-    pairs = list(combinations(range(len(supports)), 2))
-    found = [jaccard(supports[i], supports[j]) for i, j in pairs]
-    phi = nogueira(supports)
-    return {
-        "sizes": sizes,
-        "jaccard": float(np.mean(found)),
-        "jaccard_pairs": found,
-        "chance_jaccard": float(np.mean([chance_jaccard(sizes[i], sizes[j], supports.shape[1]) for i, j in pairs])),
-        "nogueira": phi.value,
-        "nogueira_interval": [phi.low, phi.high],
-    }
+    pairs = [jaccard(a, b) for a, b in combinations(supports, 2)]
+    chance = [chance_jaccard(a, b, supports.shape[1]) for a, b in combinations(sizes, 2)]
+    scores = {"sizes": sizes, "jaccard": float(np.mean(pairs)), "jaccard_pairs": pairs}
+    return scores | {"chance_jaccard": float(np.mean(chance)), "nogueira": value, "nogueira_interval": interval}
 
 
 def halves(y: np.ndarray, groups: np.ndarray, n_subsamples: int, seed: int) -> list[np.ndarray]:
-    """Row masks of halves of the patients, each followed by its complement; classes are halved one by one.
+    """Row masks (n,) of halves of the patients, dealt within their class, each followed by its complement.
+
+    Source: complementary pairs, Shah and Samworth, JRSS B 75, 2013.
 
     Raises:
         ValueError: A class has a single patient, who cannot be in both halves.

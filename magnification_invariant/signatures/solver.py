@@ -78,6 +78,20 @@ def _minimise_model(
     return coef
 
 
+def _checked(X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """X by columns, y and weights that sum to 1, as float64; else a ValueError."""
+    X, y = np.asfortranarray(X, dtype=np.float64), np.asarray(y, np.float64)
+    weight = np.ones(y.shape) if sample_weight is None else np.asarray(sample_weight, np.float64)
+    if X.ndim != 2 or not X.size or y.shape != X.shape[:1] or weight.shape != y.shape:
+        raise ValueError(f"X (n, p), y (n,) and sample_weight (n,) do not fit: {X.shape}, {y.shape}, {weight.shape}")
+    if not np.isfinite(X).all() or not np.isfinite(weight).all() or weight.min() < 0 or weight.sum() <= 0:
+        raise ValueError("X and sample_weight must be finite, and the weights non-negative with a positive sum")
+    weight = weight / weight.sum()
+    if not np.isin(y, (0, 1)).all() or len(np.unique(y[weight > 0])) < 2:
+        raise ValueError("y must hold 0 and 1, both with weight: one class cannot be told apart")
+    return X, y, weight
+
+
 def l1_logistic_path(
     X: ArrayLike,
     y: ArrayLike,
@@ -88,11 +102,8 @@ def l1_logistic_path(
     sample_weight: ArrayLike | None = None,
     tol: float = 1e-4,
     max_iter: int = 200,
-    max_size: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Solves L1 logistic regression at falling penalties.
-
-    BLAS runs on one thread inside: more of them slow these matrix sizes down, and folds can run side by side instead.
+    """Solves L1 logistic regression at falling penalties, with BLAS on one thread: more slow these sizes down.
 
     Args:
         X: (n, p) features on one scale; p may exceed n.
@@ -104,7 +115,6 @@ def l1_logistic_path(
         sample_weight: (n,) non-negative weights, scaled to sum to 1.
         tol: Largest violation of the KKT conditions at each penalty, in units of that penalty.
         max_iter: Newton steps at one penalty; a ConvergenceWarning follows if they do not suffice.
-        max_size: Ends the path at the first penalty with as many non-zero coefficients; the arrays are shorter then.
 
     Returns:
         lambdas (L,), coefficients (L, p), intercepts (L,). `C = 1 / (n lambda)` in scikit-learn's terms.
@@ -112,24 +122,12 @@ def l1_logistic_path(
     Raises:
         ValueError: On NaN, wrong shapes, one class, or penalties that are not positive and falling.
     """
-    from scipy.special import expit
     from sklearn import config_context
     from threadpoolctl import threadpool_limits
 
-    X, y = np.asfortranarray(X, dtype=np.float64), np.asarray(y, np.float64)
-    weight = np.ones(y.shape) if sample_weight is None else np.asarray(sample_weight, np.float64)
-    if X.ndim != 2 or not X.size or y.shape != X.shape[:1] or weight.shape != y.shape:
-        raise ValueError(f"X (n, p), y (n,) and sample_weight (n,) do not fit: {X.shape}, {y.shape}, {weight.shape}")
-    if not np.isfinite(X).all() or not np.isfinite(weight).all() or weight.min() < 0 or weight.sum() <= 0:
-        raise ValueError("X and sample_weight must be finite, and the weights non-negative with a positive sum")
-    weight = weight / weight.sum()
-    rate = weight @ y
-    if not np.isin(y, (0, 1)).all() or not 0 < rate < 1:
-        raise ValueError("y must hold 0 and 1, both with weight: one class cannot be told apart")
-
+    X, y, weight = _checked(X, y, sample_weight)
     with threadpool_limits(1, "blas"), config_context(skip_parameter_validation=True):
-        gradient = X.T @ (weight * (rate - y))
-        largest = np.abs(gradient).max()
+        largest = np.abs(X.T @ (weight * (weight @ y - y))).max()
         if lambdas is None:
             if not largest > 1e-12 * np.abs(X).max():
                 raise ValueError("no feature varies with y at all, so there is no path; are the features constant?")
@@ -137,34 +135,40 @@ def l1_logistic_path(
         lambdas = np.asarray(lambdas, np.float64)
         if lambdas.ndim != 1 or not (lambdas > 0).all() or not (np.diff(lambdas) < 0).all():
             raise ValueError("lambdas must be positive and falling")
+        return lambdas, *_path(X, y, weight, lambdas, tol, max_iter)
 
-        coef, intercept = np.zeros(X.shape[1]), np.log(rate / (1 - rate))
-        eta = np.full(len(y), intercept)
-        coefs, intercepts = np.zeros((len(lambdas), X.shape[1])), np.zeros(len(lambdas))
-        last = max(largest, lambdas[0])
-        for step, penalty in enumerate(lambdas):
-            working = (coef != 0) | (np.abs(gradient) >= 2 * penalty - last)
-            for _ in range(X.shape[1] + 1):
-                index = np.flatnonzero(working)
-                coef[index], intercept, eta = _solve(
-                    X[:, index], y, weight, penalty, coef[index], intercept, eta, tol, max_iter
-                )
-                gradient = X.T @ (weight * (expit(eta) - y))
-                missed = ~working & (np.abs(gradient) > penalty * (1 + tol))
-                if not missed.any():
-                    break
-                working |= missed
-            coefs[step], intercepts[step], last = coef, intercept, penalty
-            if max_size is not None and np.count_nonzero(coef) >= max_size:
+
+def _path(X, y, weight, lambdas, tol, max_iter) -> tuple[np.ndarray, np.ndarray]:
+    """Coefficients (L, p) and intercepts (L,) at falling penalties, each started from the one before."""
+    from scipy.special import expit
+
+    rate = weight @ y
+    gradient = X.T @ (weight * (rate - y))
+    coef, intercept = np.zeros(X.shape[1]), np.log(rate / (1 - rate))
+    eta = np.full(len(y), intercept)
+    coefs, intercepts = np.zeros((len(lambdas), X.shape[1])), np.zeros(len(lambdas))
+    last = max(np.abs(gradient).max(), lambdas[0])
+    for step, penalty in enumerate(lambdas):
+        working = (coef != 0) | (np.abs(gradient) >= 2 * penalty - last)
+        for _ in range(X.shape[1] + 1):
+            index = np.flatnonzero(working)
+            start = coef[index], intercept, eta
+            coef[index], intercept, eta = _solve(X[:, index], y, weight, penalty, start, tol, max_iter)
+            gradient = X.T @ (weight * (expit(eta) - y))
+            missed = ~working & (np.abs(gradient) > penalty * (1 + tol))
+            if not missed.any():
                 break
-    return lambdas[: step + 1], coefs[: step + 1], intercepts[: step + 1]
+            working |= missed
+        coefs[step], intercepts[step], last = coef, intercept, penalty
+    return coefs, intercepts
 
 
-def _solve(X, y, weight, penalty, coef, intercept, eta, tol, max_iter):
-    """Minimises the objective at one penalty over the columns of X (n, k); returns coef, intercept and X coef + b."""
+def _solve(X, y, weight, penalty, start, tol, max_iter):
+    """Minimises the objective at one penalty over the columns of X (n, k), from and to coef, intercept, X coef + b."""
     from scipy.special import expit
     from sklearn.exceptions import ConvergenceWarning
 
+    coef, intercept, eta = start
     objective = _mean_loss(eta, y, weight) + penalty * np.abs(coef).sum()
     before, curvature = np.inf, None
     for _ in range(max_iter):
@@ -205,6 +209,6 @@ def _solve(X, y, weight, penalty, coef, intercept, eta, tol, max_iter):
         f"the KKT conditions at penalty {penalty:.3g} hold to {violation:.1e} of it, not to {tol:.1e}, after "
         f"{max_iter} steps; raise max_iter or tol, or end the path earlier",
         ConvergenceWarning,
-        stacklevel=3,
+        stacklevel=4,
     )
     return coef, intercept, eta

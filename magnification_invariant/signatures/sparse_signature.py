@@ -3,21 +3,25 @@
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import log_expit, logsumexp
-from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin
+from sklearn.base import BaseEstimator, ClassifierMixin, OneToOneFeatureMixin, TransformerMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 from threadpoolctl import threadpool_limits
 
-from magnification_invariant.signatures.embeddings import live_dimensions
 from magnification_invariant.signatures.projector import probabilities
 from magnification_invariant.signatures.solver import l1_logistic_path
+
+
+def live_dimensions(X: np.ndarray) -> np.ndarray:
+    """Which columns of X (n, d) vary at all: a column is dead if float32 would not see it vary."""
+    return X.std(axis=0, dtype=np.float64) > 1e-6 * np.abs(X).max(axis=0)
 
 
 class NothingToSelect(ValueError):
     """The embedding has collapsed: no dimension tells anything."""
 
 
-class SparseSignature(ClassifierMixin, TransformerMixin, BaseEstimator):
+class SparseSignature(ClassifierMixin, OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     """L1-regularised logistic regression on standardised embeddings; its support is the signature.
 
     The penalty is chosen on patients that the coefficients have not seen: the validation part handed to `fit`, or
@@ -31,10 +35,8 @@ class SparseSignature(ClassifierMixin, TransformerMixin, BaseEstimator):
         rule: "one_se" takes the largest penalty whose loss lies within one standard error (over patients) of the
             smallest loss (Breiman et al. 1984), "min" the penalty of the smallest loss.
         cv: Folds of the cross-validation that is used where `fit` gets no validation part.
-        lambda_fraction: Fixes the penalty to this fraction of the first one, without any selection; that is how refits
-            are made that differ in their data alone.
+        lambda_fraction: Fixes the penalty to this fraction of the first one: refits then differ in their data alone.
         tol: KKT tolerance of the solver, in units of the penalty.
-        n_jobs: Folds or classes solved side by side, as in joblib.
         random_state: Seed of the deal of patients into folds.
 
     Attributes:
@@ -60,7 +62,6 @@ class SparseSignature(ClassifierMixin, TransformerMixin, BaseEstimator):
         cv: int = 5,
         lambda_fraction: float | None = None,
         tol: float = 1e-4,
-        n_jobs: int | None = None,
         random_state: int = 0,
     ):
         self.n_lambdas = n_lambdas
@@ -69,7 +70,6 @@ class SparseSignature(ClassifierMixin, TransformerMixin, BaseEstimator):
         self.cv = cv
         self.lambda_fraction = lambda_fraction
         self.tol = tol
-        self.n_jobs = n_jobs
         self.random_state = random_state
 
     def fit(
@@ -91,13 +91,10 @@ class SparseSignature(ClassifierMixin, TransformerMixin, BaseEstimator):
             y_val: (m,) their labels.
             groups_val: (m,) their patients.
 
-        Returns:
-            The estimator.
-
         Raises:
             NothingToSelect: No dimension varies, or none differs between the classes.
-            ValueError: On NaN, one class, too few patients for the folds, labels that training has
-                not seen, or columns of other lengths.
+            ValueError: On NaN, one class, too few patients for the folds, labels that training has not, or columns of
+                other lengths.
         """
         X, y = validate_data(self, X, y, dtype=np.float64)
         check_classification_targets(y)
@@ -122,7 +119,7 @@ class SparseSignature(ClassifierMixin, TransformerMixin, BaseEstimator):
                 end = self.lambda_fraction
                 length = max(2, round(self.n_lambdas * np.log(end) / np.log(self.ratio)))
             self.lambdas_ = largest * np.geomspace(1, end, length) if end < 1 else np.array([largest])
-            self.path_coef_, self.path_intercept_ = self._paths(scaled, codes, self.n_jobs)
+            self.path_coef_, self.path_intercept_ = self._paths(scaled, codes)
             self.path_size_ = (self.path_coef_ != 0).any(axis=1).sum(axis=1)
             self._choose(X, codes, patients, X_val, y_val, groups_val)
 
@@ -136,26 +133,21 @@ class SparseSignature(ClassifierMixin, TransformerMixin, BaseEstimator):
         if self.rule not in ("one_se", "min"):
             raise ValueError(f"rule must be 'one_se' or 'min', not {self.rule!r}")
         if not (self.n_lambdas >= 2 and 0 < self.ratio < 1 and self.cv >= 2 and self.tol > 0):
-            raise ValueError(
-                "n_lambdas and cv must be at least 2, 0 < ratio < 1 and tol > 0, not "
-                f"n_lambdas={self.n_lambdas}, cv={self.cv}, ratio={self.ratio}, tol={self.tol}"
-            )
+            raise ValueError(f"n_lambdas and cv must be at least 2, 0 < ratio < 1 and tol > 0, not as in {self}")
         if self.lambda_fraction is not None and not 0 < self.lambda_fraction <= 1:
             raise ValueError(f"lambda_fraction must lie in (0, 1], not {self.lambda_fraction}")
 
     def _scale(self, X: np.ndarray) -> np.ndarray:
         return (X - self.mean_) / self.scale_ * self.live_
 
-    def _paths(self, scaled: np.ndarray, codes: np.ndarray, n_jobs: int | None) -> tuple[np.ndarray, np.ndarray]:
+    def _paths(self, scaled: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Solves the path of each class on standardised rows; dead columns are 0 and stay out by themselves."""
-        from joblib import Parallel, delayed
-
         positives = [1] if len(self.classes_) == 2 else range(len(self.classes_))
         scaled = np.asfortranarray(scaled)
-        solved = Parallel(n_jobs=n_jobs, prefer="threads")(
-            delayed(l1_logistic_path)(scaled, codes == c, self.lambdas_, tol=self.tol) for c in positives
+        _, coef, intercept = zip(
+            *(l1_logistic_path(scaled, codes == c, self.lambdas_, tol=self.tol) for c in positives), strict=True
         )
-        return np.stack([coef for _, coef, _ in solved], axis=1), np.stack([b for _, _, b in solved], axis=1)
+        return np.stack(coef, axis=1), np.stack(intercept, axis=1)
 
     def _choose(self, X, codes, patients, X_val, y_val, groups_val) -> None:
         """Sets the place on the path from the losses of patients that were held out."""
@@ -164,18 +156,11 @@ class SparseSignature(ClassifierMixin, TransformerMixin, BaseEstimator):
             self._chosen = len(self.lambdas_) - 1
             return
         if X_val is not None:
-            X_val, y_val = validate_data(self, X_val, y_val, dtype=np.float64, reset=False)
-            self._check_known(y_val, "y_val")
-            held_out = _patient_codes(groups_val, len(y_val), "groups_val")
+            X_val, codes = self._known(X_val, y_val, "y_val")
+            held_out = _patient_codes(groups_val, len(codes), "groups_val")
             if held_out.max() < 1:
                 raise ValueError("choosing a penalty takes at least two validation patients")
-            losses = _patient_losses(
-                self._scale(X_val),
-                np.searchsorted(self.classes_, y_val),
-                held_out,
-                self.path_coef_,
-                self.path_intercept_,
-            )
+            losses = _patient_losses(self._scale(X_val), codes, held_out, self.path_coef_, self.path_intercept_)
         else:
             losses = self._cross_validate(X, codes, patients)
         loss, se = losses.mean(axis=0), losses.std(axis=0, ddof=1) / np.sqrt(len(losses))
@@ -190,35 +175,29 @@ class SparseSignature(ClassifierMixin, TransformerMixin, BaseEstimator):
         With `path_size_`, the curve by which methods are compared: the training patients also trained the network.
         """
         check_is_fitted(self)
-        X, y = validate_data(self, X, y, dtype=np.float64, reset=False)
-        self._check_known(y, "y")
-        patients = _patient_codes(groups, len(y), "groups")
-        codes = np.searchsorted(self.classes_, y)
+        X, codes = self._known(X, y, "y")
+        patients = _patient_codes(groups, len(codes), "groups")
         return _patient_losses(self._scale(X), codes, patients, self.path_coef_, self.path_intercept_).mean(axis=0)
 
-    def _check_known(self, y: np.ndarray, name: str) -> None:
+    def _known(self, X: ArrayLike, y: ArrayLike, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Checked rows of other patients, and their class indices."""
+        X, y = validate_data(self, X, y, dtype=np.float64, reset=False)
         if not np.isin(y, self.classes_).all():
-            raise ValueError(f"{name} holds labels that y does not: {np.setdiff1d(y, self.classes_).tolist()}")
+            raise ValueError(f"{name} holds labels that training has not: {np.setdiff1d(y, self.classes_).tolist()}")
+        return X, np.searchsorted(self.classes_, y)
 
     def _cross_validate(self, X: np.ndarray, codes: np.ndarray, patients: np.ndarray) -> np.ndarray:
         """Log-loss of each patient at each penalty, (patients, L), from a path that has not seen the patient."""
-        from joblib import Parallel, delayed
-
         fold = _deal(codes, patients, self.cv, self.classes_, self.random_state)
-
-        def one(held_out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            inner = SparseSignature(tol=self.tol)
-            inner.classes_, inner.lambdas_ = self.classes_, self.lambdas_
-            inner.mean_, inner.scale_, inner.live_ = _scaling(X[~held_out])
-            path = inner._paths(inner._scale(X[~held_out]), codes[~held_out], None)
-            who, row = np.unique(patients[held_out], return_inverse=True)
-            return who, _patient_losses(inner._scale(X[held_out]), codes[held_out], row, *path)
-
         losses = np.empty((patients.max() + 1, len(self.lambdas_)))
-        for who, found in Parallel(n_jobs=self.n_jobs, prefer="threads")(
-            delayed(one)((fold == k)[patients]) for k in range(self.cv)
-        ):
-            losses[who] = found
+        inner = SparseSignature(tol=self.tol)
+        inner.classes_, inner.lambdas_ = self.classes_, self.lambdas_
+        for k in range(self.cv):
+            held_out = (fold == k)[patients]
+            inner.mean_, inner.scale_, inner.live_ = _scaling(X[~held_out])
+            path = inner._paths(inner._scale(X[~held_out]), codes[~held_out])
+            _, row = np.unique(patients[held_out], return_inverse=True)
+            losses[fold == k] = _patient_losses(inner._scale(X[held_out]), codes[held_out], row, *path)
         return losses
 
     def _scores(self, X: ArrayLike) -> np.ndarray:
@@ -237,7 +216,7 @@ class SparseSignature(ClassifierMixin, TransformerMixin, BaseEstimator):
 
     def predict(self, X: ArrayLike) -> np.ndarray:
         """Most probable class of each row, (n,)."""
-        best = np.argmax(self.predict_proba(X), axis=1)
+        best = self.predict_proba(X).argmax(axis=1)
         return self.classes_[best]
 
     def transform(self, X: ArrayLike) -> np.ndarray:
@@ -248,21 +227,7 @@ class SparseSignature(ClassifierMixin, TransformerMixin, BaseEstimator):
 
     def get_feature_names_out(self, input_features: ArrayLike | None = None) -> np.ndarray:
         """Names of the chosen dimensions, (k,): of the training data frame, of `input_features`, or x0, x1, ..."""
-        check_is_fitted(self)
-        names = getattr(self, "feature_names_in_", None)
-        if input_features is not None:
-            input_features = np.asarray(input_features, dtype=object)
-            if names is not None and not np.array_equal(names, input_features):
-                raise ValueError("input_features is not equal to feature_names_in_")
-            if len(input_features) != self.n_features_in_:
-                raise ValueError(
-                    f"input_features should have length equal to number of features ({self.n_features_in_}), "
-                    f"got {len(input_features)}"
-                )
-            names = input_features
-        if names is None:
-            names = np.array([f"x{i}" for i in range(self.n_features_in_)], dtype=object)
-        return names[self.signature_]
+        return super().get_feature_names_out(input_features)[self.signature_]
 
 
 def _scaling(X: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -274,12 +239,8 @@ def _scaling(X: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def size_at_loss(sizes: ArrayLike, losses: ArrayLike, loss: float) -> int | None:
     """Smallest signature on a path whose held-out log-loss is at most `loss`; None if none reaches it.
 
-    Methods are compared at one loss that all of them reach.
-
-    Args:
-        sizes: (L,) sizes on the path, `path_size_`.
-        losses: (L,) their log-loss on held-out patients, from `loss_curve`.
-        loss: To reach, in nats.
+    Methods are compared so, at one loss in nats that all reach. `sizes` (L,) are a `path_size_`, `losses` (L,) a
+    `loss_curve`.
     """
     sizes, losses = np.asarray(sizes), np.asarray(losses)
     return int(sizes[losses <= loss].min()) if (losses <= loss).any() else None
@@ -295,11 +256,7 @@ def _patient_codes(groups: ArrayLike | None, n_rows: int, name: str) -> np.ndarr
 
 
 def _deal(codes: np.ndarray, patients: np.ndarray, n_folds: int, classes: np.ndarray, seed: int) -> np.ndarray:
-    """Deals patients into folds class by class, so that two patients of a class never leave training together.
-
-    Returns:
-        (patients,) fold of each patient.
-    """
+    """Fold (patients,) of each patient: dealt class by class, so that no class leaves training with one of its two."""
     counts = np.zeros((patients.max() + 1, len(classes)))
     np.add.at(counts, (patients, codes), 1)
     if len(counts) < n_folds:
@@ -320,12 +277,7 @@ def _deal(codes: np.ndarray, patients: np.ndarray, n_folds: int, classes: np.nda
 def _patient_losses(scaled, codes, patients, coef, intercept) -> np.ndarray:
     """Mean log-loss in nats of each patient's rows at each point of a path: (patients, L).
 
-    Args:
-        scaled: (m, d) standardised rows.
-        codes: (m,) class indices.
-        patients: (m,) patient indices, 0 to the number of patients - 1.
-        coef: (L, K, d).
-        intercept: (L, K).
+    Of standardised rows (m, d), class and patient indices (m,), coefficients (L, K, d) and intercepts (L, K).
     """
     losses = np.empty((patients.max() + 1, len(coef)))
     for step, (w, b) in enumerate(zip(coef, intercept, strict=True)):

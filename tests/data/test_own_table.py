@@ -306,6 +306,21 @@ def test_a_folder_with_metadata(slides, tmp_path):
         load_table(folder, **names)
 
 
+@pytest.mark.filterwarnings("ignore:micrometres")
+def test_ids_of_a_hub_repository_are_as_written_or_it_is_said(slides, tmp_path, monkeypatch):
+    """`datasets` reads a repository by the same builders as a folder, which stands in for it here."""
+    place, load = tmp_path / "csv", datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda repo, revision, **options: load(str(place), **options))
+    place.mkdir()
+    with_ids(slides, slides / "ids.csv", ["007", "NA", "1E5"])
+    rows = [row | {"picture": str(slides / row["picture"])} for row in read_csv(slides / "ids.csv")]
+    write_csv(place / "train.csv", rows)
+    assert load_table("me/table", **NAMES)["patient"][:3] == ["007", "NA", "1E5"]
+    place, names = image_folder(slides, tmp_path / "images")
+    with pytest.warns(UserWarning, match=r"me/images@main: columns 'case' of its metadata were read as numbers"):
+        load_table("me/images@main", **names)
+
+
 def test_sources_that_are_none(tmp_path):
     (tmp_path / "a.xlsx").touch()
     with pytest.raises(ValueError, match=r"tables are \.csv"):

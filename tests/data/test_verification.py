@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+from collections import defaultdict
 from pathlib import Path
 
 import datasets
@@ -11,8 +12,8 @@ from PIL import Image
 
 from magdg import main
 from magnification_invariant.data.breakhis import MPP, SUBTYPES, features, load_breakhis, name_fields
-from magnification_invariant.data.published import MAGNIFICATIONS, slides
-from magnification_invariant.data.verification import verify
+from magnification_invariant.data.published import MAGNIFICATIONS, digests, slides
+from magnification_invariant.data.verification import folder_state, verify
 
 NAMES = [name for slide in slides() for name in slide.names]
 
@@ -137,3 +138,30 @@ def test_prepare(with_copies, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert shown.startswith("not BreaKHis, or a damaged copy") and "cat.png: not named as in BreaKHis" in shown
     assert main(["prepare", str(tmp_path / "nowhere")]) == 2
+
+
+def test_a_slide_s_files_are_held_against_the_archive_s_digests():
+    """The single hashes are facts of the archive; what is shipped follows from them, by slide and magnification."""
+    listing = Path(__file__).parents[3] / "shared" / "reference" / "breakhis_file_sha256.tsv.gz"
+    if not listing.is_file():
+        pytest.skip(f"no {listing}")
+    folders = defaultdict(dict)
+    for line in gzip.decompress(listing.read_bytes()).decode().splitlines()[1:]:
+        name, sha256, size = line.split("\t")
+        fields = name_fields(name)
+        code = next(code for code, subtype in SUBTYPES.items() if subtype == fields["subtype"])
+        folders[fields["slide"], code, fields["magnification"]][name] = sha256, int(size)
+    assert folders.keys() == digests().keys() and len(folders) == 328
+    assert {folder_state(key, stored) for key, stored in folders.items()} == {"intact"}
+    key, stored = next(iter(folders.items()))
+    first, *others = stored
+    sha256, size = stored[first]
+    assert folder_state(key, {name: stored[name] for name in others}) == "incomplete"
+    assert folder_state(key, stored | {first: ("0" * 64, size)}) == "damaged"  # a flipped bit
+    assert folder_state(key, stored | {first: ("0" * 64, size - 900)}) == "damaged"  # a cut end
+    assert folder_state(key, {name: ("0" * 64, n // 4) for name, (_, n) in stored.items()}) == "re-encoded"
+
+
+def test_what_is_not_the_archive_s_is_named(breakhis_real):
+    report = str(verify(load_breakhis(breakhis_real, drop_duplicate_slide=False)))
+    assert "held against the authors' archive:" in report and "  0 intact" in report and " incomplete: " in report

@@ -1,23 +1,24 @@
-"""A grid of two tiny models, trained once."""
+"""A grid of models that nobody trained, with records that are known."""
 
 from pathlib import Path
 
 import pytest
+from fabricated import add_model, write_run
 
 
 @pytest.fixture(scope="session")
-def tiny_runs(breakhis_tree, tmp_path_factory) -> Path:
-    """Finished cells of erm and dann (and the floors) with 200X held out. Do not write into it: copy it first."""
-    from magnification_invariant.data import load_breakhis
-    from magnification_invariant.lomo.grid import make_grid, run_grid
-
-    folder = tmp_path_factory.mktemp("grid")
-    small = {"model": "test_magdg_resnet", "epochs": 1, "batch_size": 8, "image_size": 32, "threads": 1, "n_folds": 4}
-    run_grid(make_grid(["erm", "dann"], [200], [0], [0], **small), load_breakhis(breakhis_tree), folder)
-    return folder
+def grid(tmp_path_factory) -> Path:
+    """Runs of erm and dann, and the floors, with 200X held out. Do not write into it: copy it first."""
+    root, cache = tmp_path_factory.mktemp("grid"), tmp_path_factory.mktemp("template")
+    settings = {"zoom": 1.0, "epochs": 2, "calibrate": True}
+    for method, skill in (("erm", 0.8), ("dann", 1.3)):
+        add_model(write_run(root, method, 200, skill=skill, scaled=1.4, settings=settings), cache)
+    for floor in ("constant", "colour"):
+        write_run(root, floor, 200, skill=0.1)
+    return root
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tiny_runs) -> Path:
-    """The cell of dann."""
-    return tiny_runs / "dann-lomo200-fold0-seed0"
+def run(grid) -> Path:
+    """The run of dann."""
+    return next(grid.glob("dann*"))

@@ -1,7 +1,6 @@
 """Clustered intervals against DeLong, scikit-learn, brute force and, slowly, their nominal coverage."""
 
 import importlib.util
-import time
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +78,7 @@ def test_auc_of_redrawn_patients_equals_the_metric_on_their_rows():
     y, p, g = patients(sizes=(8, 9), images=4)
     p = np.round(p, 1)
     sample = _Patients("auc", y, [p], g, None)
-    times = sample.redraws(30, 0)
+    times = sample.redraws(30)
     assert (times[:, sample.malignant].sum(axis=1) == 9).all()
     for found, draw in zip(sample.figures(p, times), times.astype(int), strict=True):
         rows = np.concatenate([np.tile(np.flatnonzero(g == k), n) for k, n in enumerate(draw) if n])
@@ -143,13 +142,13 @@ def test_runs_are_averaged_and_a_patient_stays_one_cluster(name):
         cluster_interval(name, y, p[0], g, runs=[1, 2])
 
 
-@pytest.mark.parametrize("name", ["brier", "f1", "accuracy", "balanced_accuracy"])
-def test_figures_from_sums_are_the_metric(name):
+@pytest.mark.parametrize("name", sorted(set(metrics.METRICS) - {"auc", "expected_calibration_error"}))
+def test_the_fast_forms_are_the_metric(name):
     y, a, g = patients(0)
-    b = patients(1)[1]
+    a, b = np.round(a, 2), np.round(patients(1)[1], 1)
     slow = metrics.METRICS[name]
-    fast = paired_difference(name, y, a, b, g, n_draws=100)
-    plain = paired_difference(lambda *row: slow(*row), y, a, b, g, "t", n_draws=100)
+    fast = paired_difference(name, y, a, b, g, n_draws=50)
+    plain = paired_difference(lambda *row: slow(*row), y, a, b, g, "t", n_draws=50)
     assert tuple(fast) == pytest.approx(tuple(plain), abs=1e-12)
 
 
@@ -235,21 +234,12 @@ def test_a_function_of_the_callers_is_bootstrapped():
         ({"groups": [1, 2]}, "one patient to each"),
         ({"y_prob": np.full(350, np.nan)}, "NaN"),
         ({"y_true": np.full(350, 3)}, "y_true must hold"),
-        ({"level": 95}, "level"),
     ],
 )
 def test_bad_input_is_refused(change, message):
     y, p, g = patients()
     with pytest.raises(ValueError, match=message):
         cluster_interval(**{"metric": "auc", "y_true": y, "y_prob": p, "groups": g, **change})
-
-
-def test_two_thousand_draws_on_two_thousand_images_take_under_two_seconds():
-    y, p, g = patients(sizes=(16, 64), images=25)
-    for name in ("auc", "f1", "expected_calibration_error"):
-        start = time.process_time()
-        cluster_interval(name, y, p, g, "bootstrap")
-        assert time.process_time() - start < 2
 
 
 def test_holm():

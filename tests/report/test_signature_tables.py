@@ -1,40 +1,35 @@
-"""The signature tables of cells whose records are known."""
-
-import json
+"""The signature tables of runs whose records are known, and refits from the embeddings of one."""
 
 import numpy as np
 import pytest
+from fabricated import write_run
 
-from magnification_invariant.records import write_json
+from magnification_invariant.files import write_json
+from magnification_invariant.records import Run
 from magnification_invariant.report import signatures
 from magnification_invariant.report.runs import read_runs
-from magnification_invariant.report.signatures import STABILITY, signature_sections
-from magnification_invariant.signatures.networks import SignedNetwork
+from magnification_invariant.report.signatures import STABILITY, patient_stability, signature_sections
+from magnification_invariant.signatures import SparseSignature, refit_stability
 
 PATH = [0, 5, 20, 40]
 
 
 def write_records(root, method, held_out, size, *, seed=0, losses=(0.7, 0.6, 0.5, 0.45), auc=0.8, stability=0.5):
-    folder = root / f"{method}-lomo{held_out}-fold0-seed{seed}"
-    arguments = {"method": method, "zoom": False, "held_out": held_out, "fold": 0, "seed": seed}
-    write_json_in(folder, "config.json", {"arguments": arguments, "start": {}})
+    run = Run(root / f"{method}-lomo{held_out}-fold0-seed{seed}")
+    run.folder.mkdir()
+    cell = {"method": method, "held_out": held_out, "fold": 0, "seed": seed, "split": {}, "data": "d"}
+    run.write_config({"cell": cell, "settings": {}, "settings_sha256": "s", "machine": {}, "start": {}})
     signature = {"size": size, "width": 64, "live": 60}
     if size:
         signature |= {"jaccard": stability, "nogueira": stability - 0.1, "chance_jaccard": 0.05}
         signature |= {"jaccard_pairs": [stability - 0.2, stability, stability + 0.2]}
         signature["test"] = {"patient_balanced": {"auc": auc, "f1": auc - 0.1, "brier": 1 - auc}}
         signature["curve"] = {"size": PATH, "val": list(losses), "test": [loss + 0.1 for loss in losses]}
-    write_json_in(folder, "results.json", {"signature": signature})
-    return folder
-
-
-def write_json_in(folder, name, content):
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / name, content)
+    run.write_results({"signature": signature})
 
 
 @pytest.fixture
-def cells(tmp_path):
+def root(tmp_path):
     for seed, size in ((0, 10), (1, 20)):
         write_records(tmp_path, "erm", 40, size, seed=seed, auc=0.7 + 0.1 * seed)
         write_records(tmp_path, "dann", 40, 8, seed=seed, losses=(0.7, 0.5, 0.4, 0.35))
@@ -47,7 +42,7 @@ def nothing_is_fitted(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a refit that nobody asked for")
 
-    for name in ("SparseSignature", "refit_stability", "read_embeddings", "compare_networks"):
+    for name in ("SparseSignature", "refit_stability"):
         monkeypatch.setattr(signatures, name, refuse)
 
 
@@ -55,77 +50,61 @@ def tables(root, refits=0):
     return {heading: blocks[-1].rows for heading, blocks in signature_sections(read_runs([root]), refits)}
 
 
-def test_the_tables_are_read_from_the_records(cells, nothing_is_fitted):
-    found = tables(cells)
-    assert list(found) == ["Signatures", "Signatures at equal loss", "Stability on one backbone"]
-    sizes = {row[0]: row[1:] for row in found["Signatures"]}
+def test_the_tables_are_read_from_the_records(root, nothing_is_fitted):
+    rows = tables(root)
+    assert list(rows) == ["Signatures", "Signatures at equal loss", "Stability on one backbone"]
+    sizes = {row[0]: row[1:] for row in rows["Signatures"]}
     assert sizes["erm"] == ["2", "0", "15 (10-20)", "64", "0.23", "60", "0.50", "0.40", "0.750", "0.650", "0.250"]
     # an empty signature counts as one of size 0, and has neither stability nor predictions
     assert sizes["dann"] == ["3", "1", "5 (0-8)", "64", "0.08", "60", "0.50", "0.40", "0.800", "0.700", "0.200"]
     # erm comes down to 0.45: with all 40 dimensions, where 20 of dann's already have 0.40
-    assert found["Signatures at equal loss"] == [["dann", "2", "20.0", "20.0"], ["erm", "2", "40.0", "40.0"]]
-    assert found["Stability on one backbone"] == [
+    assert rows["Signatures at equal loss"] == [["dann", "2", "20.0", "20.0"], ["erm", "2", "40.0", "40.0"]]
+    assert rows["Stability on one backbone"] == [
         ["dann", "40X", "8", "60", "0.30, 0.50, 0.70", "0.05", "0.40", "-", "-", "-"],
         ["erm", "40X", "15", "60", "0.30, 0.50, 0.70", "0.05", "0.40", "-", "-", "-"],
     ]
 
 
-def test_refits_are_shown_where_all_cells_of_a_row_keep_them(cells, nothing_is_fitted):
+def test_refits_are_shown_where_all_runs_of_a_row_keep_them(root, nothing_is_fitted):
     for seed, nogueira in ((0, 0.3), (1, 0.5)):
-        interval = [nogueira - 0.2, nogueira + 0.1]
-        kept = {"subsamples": 30, "nogueira": nogueira, "nogueira_interval": interval}
-        write_json_in(cells / f"erm-lomo40-fold0-seed{seed}", STABILITY, kept)
+        kept = {"subsamples": 30, "nogueira": nogueira, "nogueira_interval": [nogueira - 0.2, nogueira + 0.1]}
+        write_json(root / f"erm-lomo40-fold0-seed{seed}" / STABILITY, kept)
         if seed == 0:
-            write_json_in(cells / "dann-lomo40-fold0-seed0", STABILITY, kept)
-    dann, erm = (row[-3:] for row in tables(cells)["Stability on one backbone"])
+            write_json(root / "dann-lomo40-fold0-seed0" / STABILITY, kept)
+    dann, erm = (row[-3:] for row in tables(root)["Stability on one backbone"])
     assert dann == ["-", "-", "-"] and erm == ["30", "0.40", "[0.20, 0.50]"]
 
 
-def test_refits_and_networks_when_asked(cells, monkeypatch):
-    write_records(cells, "erm", 200, 10)
+def test_refits_when_asked(root, monkeypatch):
     asked = []
 
-    def refitted(folder, n):
-        asked.append((folder.name, n))
-        kept = {"subsamples": n, "nogueira": 0.6, "nogueira_interval": [None, None]}
-        (folder / STABILITY).write_text(json.dumps(kept))
-
-    names, shared = np.array([f"{i}.png" for i in range(50)]), np.random.default_rng(0).standard_normal((50, 6))
-
-    def network(folder):
-        held_out_40 = "lomo40" in folder.name
-        rows = slice(0, 40) if held_out_40 else slice(10, 50)
-        chosen = np.array([0, 1]) if held_out_40 else np.array([1, 2])
-        return SignedNetwork(folder.name, "start", shared[rows], names[rows], chosen)
+    def refitted(run, n):
+        asked.append((run.folder.name, n))
+        write_json(run.folder / STABILITY, {"subsamples": n, "nogueira": 0.6, "nogueira_interval": [None, None]})
 
     monkeypatch.setattr(signatures, "patient_stability", refitted)
-    monkeypatch.setattr(SignedNetwork, "from_cell", network)
-    found = tables(cells, refits=4)
-    cells_with_one = ["dann-lomo40-fold0-seed0", "dann-lomo40-fold0-seed1", "erm-lomo200-fold0-seed0"]
-    cells_with_one += ["erm-lomo40-fold0-seed0", "erm-lomo40-fold0-seed1"]
-    assert sorted(asked) == [(name, 4) for name in cells_with_one]
-    assert [row[-3:] for row in found["Stability on one backbone"]] == [["4", "0.60", "[-, -]"]] * 3
-    # the pair of seed 0: the same units, on the 30 images of both; of three dimensions they share one
-    between = [["erm", "200X and 40X", by] for by in ("index", "matching")]
-    assert [row[:3] for row in found["Stability between networks"]] == between
-    assert [row[3:9] for row in found["Stability between networks"]] == [
-        ["1.00", "1.00", "1 of 1", "1.00", "0.33", "0.20"],
-        ["1.00", "-", "1 of 1", "1.00", "0.33", "0.20"],
-    ]
+    rows = tables(root, refits=4)
+    signed = [f"{method}-lomo40-fold0-seed{seed}" for method in ("dann", "erm") for seed in (0, 1)]
+    assert sorted(asked) == [(name, 4) for name in signed]
+    assert [row[-3:] for row in rows["Stability on one backbone"]] == [["4", "0.60", "[-, -]"]] * 2
 
 
-def test_networks_of_two_domains_have_no_images_in_common(tmp_path, monkeypatch):
-    for held_out in (40, 200):
-        write_records(tmp_path, "erm", held_out, 10)
-
-    def network(folder):
-        names = np.array([f"{folder.name}/{i}.png" for i in range(9)])
-        return SignedNetwork(folder.name, "start", np.eye(9), names, np.array([0]))
-
-    monkeypatch.setattr(signatures, "patient_stability", lambda folder, n: None)
-    monkeypatch.setattr(SignedNetwork, "from_cell", network)
-    sections = dict(signature_sections(read_runs([tmp_path]), 4))
-    assert sections["Stability between networks"] == ["No two networks of one fold and seed share training images."]
+def test_a_refit_is_of_the_runs_own_embeddings_and_made_once(tmp_path):
+    run = write_run(tmp_path, "erm", 40)
+    x, y, patients = run.embeddings("train"), *(run.keys("train")[name] for name in ("label", "patient"))
+    val = run.keys("val")
+    own = SparseSignature().fit(x, y, patients, run.embeddings("val"), val["label"], val["patient"])
+    results = run.results | {"signature": run.results["signature"] | {"size": len(own.signature_)}}
+    run.write_results(results)
+    stability = patient_stability(run, 4)
+    wanted = refit_stability(own, x, y, groups=patients, n_subsamples=4)
+    assert stability["subsamples"] == 4 and stability["sizes"] == list(wanted["sizes"]) and len(stability["sizes"]) == 4
+    assert np.isclose(stability["nogueira"], wanted["nogueira"], equal_nan=True)
+    write_json(run.folder / STABILITY, stability | {"nogueira": 9})
+    assert patient_stability(run, 4)["nogueira"] == 9  # not refitted
+    run.write_results(results | {"signature": results["signature"] | {"size": 3 + len(own.signature_)}})
+    with pytest.raises(ValueError, match="another version of this package"):
+        patient_stability(run, 6)
 
 
 def test_without_any_signature_there_is_one_table(tmp_path):
@@ -134,6 +113,6 @@ def test_without_any_signature_there_is_one_table(tmp_path):
 
 
 @pytest.mark.parametrize("refits", [-3, 1])
-def test_one_refit_agrees_with_nothing(cells, refits):
+def test_one_refit_agrees_with_nothing(root, refits):
     with pytest.raises(ValueError, match="at least 2, or 0 for none"):
-        signature_sections(read_runs([cells]), refits)
+        signature_sections(read_runs([root]), refits)

@@ -1,38 +1,36 @@
 """Zoom curves in a report, of cells whose every prediction is known."""
 
-import json
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from magnification_invariant import metrics
-from magnification_invariant.records import ZOOM, prediction_table, write_json
+from magnification_invariant.records import ZOOM, Run, prediction_table
 from magnification_invariant.report import pictures
 from magnification_invariant.report.page import Picture, Table
-from magnification_invariant.report.runs import Run
 from magnification_invariant.report.zoom import points_of, zoom_blocks
 
 PATIENTS, TEMPERATURE = 24, 2.0
 SCALES = {"40X": (0.5, 0.7, 1.0), "100X": (0.2, 0.3)}
 
 
-def write_cell(folder, seed, mpp_range=(0.1, 0.8)):
+def write_curves(folder, seed, mpp_range=(0.1, 0.8)):
     """Two source magnifications; the coarser the scale, the less the network knows."""
+    run = Run(folder)
     folder.mkdir()
     rng, n = np.random.default_rng(seed), PATIENTS
     label = np.arange(n) % 2
     columns = {"filename": np.arange(n).astype(str), "patient": np.arange(n).astype(str), "label": label}
-    columns |= {"domain": np.full(n, 40), "mpp": np.full(n, 0.4)}
+    columns |= {"domain": np.full(n, 40)}
     parts = [
-        prediction_table(columns, np.arange(n), np.zeros((n, 2)), part="val", epoch=0),
-        prediction_table(columns | {"mpp": np.full(n, 0.25)}, np.arange(n), np.zeros((n, 2)), part="test", epoch=0),
+        prediction_table(columns | {"mpp": np.full(n, mpp)}, np.arange(n), np.zeros((n, 2)), part=part, epoch=0)
+        for part, mpp in (("val", 0.4), ("test", 0.25))
     ]
-    pq.write_table(pa.concat_tables(parts), folder / "predictions.parquet")
-    write_json(folder / "results.json", {"temperature": TEMPERATURE})
-    arguments = {"method": "erm", "zoom": False, "held_out": 100, "fold": 0, "seed": seed}
-    write_json(folder / "config.json", {"arguments": arguments, "start": {}})
+    run.write_predictions(pa.concat_tables(parts))
+    run.write_results({"temperature": TEMPERATURE, "mpp_range": mpp_range})
+    cell = {"method": "erm", "held_out": 100, "fold": 0, "seed": seed, "split": {}, "data": "d"}
+    run.write_config({"cell": cell, "settings": {}, "settings_sha256": "s", "start": {}})
     rows = []
     for source, scales in SCALES.items():
         for k, mpp in enumerate(scales):
@@ -41,14 +39,13 @@ def write_cell(folder, seed, mpp_range=(0.1, 0.8)):
                 rows.append({"filename": f"{i}.png", "patient": str(i), "label": int(label[i]), "source": source})
                 rows[-1] |= {"variant": "crop", "mpp": mpp, "field": 32 * mpp, "logits": [0.0, float(score[i])]}
                 rows[-1] |= {"cka": 1 - 0.2 * k - 0.1 * seed * (k > 0), "reference": k == 0}
-    about = {"about": json.dumps({"mpp_range": mpp_range})}
-    pq.write_table(pa.Table.from_pylist(rows).replace_schema_metadata(about), folder / ZOOM)
-    return Run(folder)
+    pq.write_table(pa.Table.from_pylist(rows), folder / ZOOM)
+    return run
 
 
 @pytest.fixture
 def runs(tmp_path):
-    return [write_cell(tmp_path / f"seed{seed}", seed) for seed in (0, 1)]
+    return [write_curves(tmp_path / f"seed{seed}", seed) for seed in (0, 1)]
 
 
 def test_points_by_hand(runs):
@@ -95,7 +92,7 @@ def test_no_line_joins_magnifications_and_the_trained_range_is_marked(runs, monk
 
 
 def test_other_ranges_have_other_pictures_and_no_file_says_nothing(runs, tmp_path):
-    wide = write_cell(tmp_path / "zoomed", 0, mpp_range=(0.05, 2.0))
+    wide = write_curves(tmp_path / "zoomed", 0, mpp_range=(0.05, 2.0))
     blocks = zoom_blocks({"erm": runs, "erm + zoom": [wide]})
     assert sum(isinstance(block, Picture) for block in blocks) == 2
     (tmp_path / "zoomed" / ZOOM).unlink()

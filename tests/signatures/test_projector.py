@@ -60,8 +60,15 @@ def test_an_empty_signature_predicts_the_base_rate(tmp_path):
     made = SignatureProjector.from_signature(signature, embedding="pyramid", source="here")
     made.save_pretrained(tmp_path)
     read = SignatureProjector.from_pretrained(tmp_path)
-    assert read.transform(np.zeros((3, 5))).shape == (3, 0)
+    assert len(read.indices) == 0 and read.transform(np.zeros((3, 5))).shape == (3, 0)
     assert read.predict_proba(np.zeros((3, 5)))[:, 1] == pytest.approx([0.25] * 3)
+    none = np.empty(0)
+    model = timm.create_model("test_magdg_resnet", num_classes=2).eval()
+    parts = {"mean": none, "scale": none, "weight": np.empty((1, 0)), "bias": np.zeros(1), "width": model.num_features}
+    parts |= {"class_names": ("benign", "malignant"), "embedding": "penultimate", "source": "here"}
+    assert SignatureProjector(none.astype(int), **parts).as_module(model)(torch.zeros(2, 3, 32, 32)).shape == (2, 0)
+    with pytest.raises(ValueError, match="integers, not float64"):
+        SignatureProjector(none, **parts)
 
 
 def test_what_is_not_its_own_is_refused():
@@ -77,18 +84,44 @@ def test_what_is_not_its_own_is_refused():
     assert made.transform(x, embedding="penultimate", source="user/model").shape == (120, len(made.indices))
 
 
-def test_damaged_files_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"holds no signature\.json"):
+@pytest.mark.parametrize("name", ["signature.json", "signature.safetensors"])
+def test_a_file_that_is_no_signature_is_refused_in_one_sentence(name, tmp_path):
+    made, *_ = projector()
+    made.save_pretrained(tmp_path)
+    content = (tmp_path / name).read_bytes()
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    damaged = {
+        "is a git-lfs pointer": pointer,
+        "is empty": b"",
+        "damaged": content[: len(content) // 2],
+        "": b"<html>404</html>" + bytes(range(256)),
+    }
+    for message, damage in damaged.items():
+        (tmp_path / name).write_bytes(damage)
+        with pytest.raises(ValueError, match=f"{tmp_path / name}.*{message}") as error:
+            SignatureProjector.from_pretrained(tmp_path)
+        text = str(error.value)
+        assert "\n" not in text and ("git lfs pull" in text or "fetch or write it again" in text)
+    (tmp_path / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path} holds no {name}.*git lfs pull"):
         SignatureProjector.from_pretrained(tmp_path)
+
+
+def test_files_that_do_not_fit_together_are_refused(tmp_path):
     made, signature, _ = projector()
     made.save_pretrained(tmp_path)
-    about = json.loads((tmp_path / "signature.json").read_text())
-    for change, message in (
-        ({"format": 9}, "format 1"),
-        ({"width": 1}, "in an embedding of 1"),
-        ({"class_names": list("abc")}, "3 classes"),
+    written = json.loads((tmp_path / "signature.json").read_text())
+    without = {name: value for name, value in written.items() if name != "class_names"}
+    for content, message in (
+        (written | {"format": 9}, "signature.json is not of format 1: update"),
+        ([1, 2], "signature.json is not of format 1: update"),
+        (written | {"width": 1}, "do not fit together .*in an embedding of 1.*git lfs pull"),
+        (written | {"class_names": list("abc")}, "do not fit together .*3 classes"),
+        (written | {"size": 1}, "do not fit together"),
+        (written | {"colour": "red"}, "do not fit together .*colour"),
+        (without, "do not fit together .*class_names"),
     ):
-        (tmp_path / "signature.json").write_text(json.dumps({**about, **change}))
+        (tmp_path / "signature.json").write_text(json.dumps(content))
         with pytest.raises(ValueError, match=message):
             SignatureProjector.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="3 class names for 2 classes"):
@@ -129,7 +162,7 @@ def test_the_module_goes_from_images_to_signatures(kind):
 
 def test_the_module_takes_its_own_network_alone(tmp_path):
     made, model, *_ = of_network("pyramid")
-    with pytest.raises(ValueError, match="width 736, the model's have 1920"):
+    with pytest.raises(ValueError, match="of 736 dimensions, not 1920"):
         made.as_module(timm.create_model("magerm_resnet18", num_classes=2))
     made, model, images, _ = of_network("penultimate", weights_sha256=weights_digest(model))
     made.save_pretrained(tmp_path)

@@ -49,7 +49,7 @@ def test_dead_dimensions_do_not_make_agreement_look_rarer_than_it_is():
     assert with_dead == without
 
 
-def testhalves_are_of_patients_within_classes_and_come_with_their_complement():
+def test_halves_are_of_patients_within_classes_and_come_with_their_complement():
     _, y, _, patient = cohort(1)
     parts = halves(y, patient, 6, 0)
     assert len(parts) == 6

@@ -1,6 +1,5 @@
 """The DCGAN as a task of two players, and the methods that train on something else in a quarter of each batch."""
 
-import json
 from dataclasses import replace
 from itertools import pairwise
 
@@ -10,18 +9,10 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState
-from PIL import Image
 
 from magnification_invariant import engine
-from magnification_invariant.data.breakhis import load_breakhis
 from magnification_invariant.data.pixels import PixelCache
-from magnification_invariant.data.splits import leave_one_magnification_out
 from magnification_invariant.engine import MEAN, STD, FitConfig, TrainRows, fit
-from magnification_invariant.lomo.cell import Cell
-from magnification_invariant.lomo.run import run_cell
-from magnification_invariant.report.pictures import curves
-from magnification_invariant.report.runs import read_runs
-from magnification_invariant.report.table import markdown, summarise
 from magnification_invariant.tasks import DCGAN, ERM, DegradedERM, MagGAN
 from magnification_invariant.tasks.dcgan import Generator
 from magnification_invariant.tasks.gan import FIT, examine
@@ -30,7 +21,6 @@ ARCH = "test_magdg_resnet"
 COLOURS = np.array([[[230, 150, 190], [150, 60, 110]], [[90, 60, 160], [200, 210, 90]]])  # class x domain, RGB
 CONFIG = FitConfig(epochs=1, image_size=16, stain=0.0, log_every=1, **FIT | {"batch_size": 8})
 NAMES = ["benign", "malignant"], ["40X", "100X"]
-CELL = Cell("gan", 200, n_folds=4, model=ARCH, epochs=2, image_size=32, batch_size=8, gan_epochs=3)
 
 
 def make_data(images):
@@ -244,7 +234,17 @@ def test_the_collapse_check_tells_real_images_from_one_image_and_from_noise():
     assert off["collapsed"] and min(off["diversity"].values()) > 0.75 and min(off["colour_shift"].values()) > 1
 
 
-# ------------------------------------------------------------------------------------------------------------- cells
+def prepare(task, data, config=CONFIG, **kwargs):
+    """As a cell does; what the DCGAN's epochs logged."""
+    cache, rows = data
+    logs = []
+
+    def fit_first(other, **changes):
+        return fit(
+            other, cache, rows, replace(config, **changes), on_epoch=lambda e, m, log: logs.append(log), **kwargs
+        )
+
+    return *task.prepare(rows, fit_first, viewer(cache), *NAMES), logs
 
 
 @pytest.fixture
@@ -253,101 +253,46 @@ def tiny(monkeypatch):
     monkeypatch.setattr(MagGAN, "width", 4)
 
 
-def files(folder):
-    names = ("results.json", "predictions.parquet", "embeddings.safetensors", "gan_samples.png", "metrics.jsonl")
-    return [(folder / name).read_bytes() for name in (*names, "prepare.jsonl", "model/model.safetensors")]
+def test_prepare_trains_a_generator_and_records_it(data, tmp_path, tiny, monkeypatch):
+    """At DCGAN's settings whatever the run's are; cut off after an epoch it ends as one left alone."""
+    task = make(MagGAN, gan_epochs=3)
+    record, pictures, logs = prepare(task, data, replace(CONFIG, ema_decay=0.9, batch_size=8))
+    assert record["gan"]["steps"] == 3 and record["gan"]["images"] == 3 * 128  # 24 rows fill one batch
+    assert record["gan"]["collapsed"] is True  # after three steps
+    assert record["gan"]["mpp"] == {"40X": 0.5, "100X": 0.5} and len(record["gan"]["diversity"]) == 4
+    assert list(pictures) == ["gan_samples.png"] and len(logs) == 3
+    assert {"generator_loss", "discriminator_loss"} <= logs[0].keys()
 
-
-def test_a_cell_cut_off_anywhere_ends_as_one_left_alone(breakhis_tree, tmp_path, tiny, monkeypatch):
-    ds, save = load_breakhis(breakhis_tree), engine._save_checkpoint
     monkeypatch.setattr(engine, "CHECKPOINT_SECONDS", 0)
-    run_cell(CELL, ds, tmp_path / "alone")
-    for name, epoch in (("prepare.pt", 2), ("checkpoint.pt", 1)):
+    save = engine._save_checkpoint
 
-        def cut(path, *args, name=name, epoch=epoch):
-            if (path.name, args[-1]) == (name, epoch):
-                raise KeyboardInterrupt
-            save(path, *args)
-
-        monkeypatch.setattr(engine, "_save_checkpoint", cut)
-        folder = tmp_path / f"{name}{epoch}"
-        with pytest.raises(KeyboardInterrupt):
-            run_cell(CELL, ds, folder)
-        assert (folder / "prepare.pt").exists() and not (folder / "results.json").exists()
-        monkeypatch.setattr(engine, "_save_checkpoint", save)
-        run_cell(CELL, ds, folder)
-        assert files(folder) == files(tmp_path / "alone")
-
-    left = {path.name for path in (tmp_path / "alone").iterdir()}
-    assert "gan_samples.png" in left and not left & {"prepare.pt", "checkpoint.pt", "prepare", "epochs"}
-    lines = [json.loads(line) for line in (tmp_path / "alone" / "prepare.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == [0, 1, 2]
-    assert {"generator_loss", "discriminator_loss"} <= lines[0].keys()
-    curves(read_runs([tmp_path / "alone"]), tmp_path / "curves.png")
-    width, height = Image.open(tmp_path / "curves.png").size
-    assert width > 1.9 * height  # a panel a stage
-    results = json.loads((tmp_path / "alone" / "results.json").read_text())
-    gan = results["gan"]
-    assert gan["steps"] == 3 and gan["images"] == 3 * 128  # 12 rows fill one batch
-    assert gan["collapsed"] is True  # after three steps
-    assert len(gan["diversity"]) == 6 and min(gan["diversity"].values()) < 0.5
-    native = {m: 6.5 / (3.3 * m / 10) for m in (40, 100, 400)}
-    assert gan["mpp"] == pytest.approx({f"{m}X": native[m] * 460 / 18 for m in native})  # 46 rows stand for 460
-    assert json.loads((tmp_path / "alone" / "timing.json").read_text())["prepare_seconds"] > 0
-    table = markdown(summarise([tmp_path / "alone"]))
-    assert "| gan [1] " in table and "[1] the generator failed its collapse check" in table
-
-
-def test_a_cells_generator_depends_on_its_training_rows_alone(breakhis_tree, tmp_path, tiny, monkeypatch):
-    """Noise for pixels in every row of validation and test: its weights are the same bit for bit."""
-    generators, prepare = [], MagGAN.prepare
-
-    def only_prepare(self, *args):
-        prepare(self, *args)
-        generators.append(self.generator.state_dict())
+    def cut(path, *args):
+        save(path, *args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(MagGAN, "prepare", only_prepare)
-    for name in ("clean", "noise", "other"):
-        ds = load_breakhis(breakhis_tree)
-        train = leave_one_magnification_out(ds, CELL.held_out, n_folds=CELL.n_folds).train
-        images, rng = list(ds["image"]), np.random.default_rng(0)
-        poisoned = {"clean": [], "noise": np.setdiff1d(np.arange(len(ds)), train), "other": train[:1]}[name]
-        for i in poisoned:
-            images[i] = Image.fromarray(rng.integers(0, 256, (46, 70, 3), dtype=np.uint8))
-        column = ds.features["image"]
-        ds = ds.remove_columns("image").add_column("image", [column.encode_example(i) for i in images], feature=column)
-        with pytest.raises(KeyboardInterrupt):
-            run_cell(replace(CELL, gan_epochs=1), ds, tmp_path / name)
-    clean, noise, other = generators
-    assert equal(clean, noise) and not equal(clean, other)
+    monkeypatch.setattr(engine, "_save_checkpoint", cut)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(make(MagGAN, gan_epochs=3), data, checkpoint=tmp_path / "prepare.pt")
+    monkeypatch.setattr(engine, "_save_checkpoint", save)
+    resumed = make(MagGAN, gan_epochs=3)
+    again, _, rest = prepare(resumed, data, checkpoint=tmp_path / "prepare.pt")
+    assert again == record and len(rest) == 2
+    assert equal(copies(task.generator), copies(resumed.generator))
 
 
 # --------------------------------------------------------------------------------------------------- two processes
 
 
 def prepare_and_train(data, path):
-    cache, rows = data
     torch.set_num_threads(1)
-    accelerator, losses = Accelerator(cpu=True), []
+    accelerator = Accelerator(cpu=True)
     MagGAN.size, MagGAN.width = 16, 4
     task = make(MagGAN, gan_epochs=2)
-
-    def fit_first(other, **changes):
-        def on_epoch(epoch, model, log):
-            losses.append(log["generator_loss"])
-
-        config = replace(CONFIG, **changes)
-        return fit(other, cache, rows, config, accelerator=accelerator, checkpoint=path / "p.pt", on_epoch=on_epoch)
-
-    task.prepare(rows, fit_first, viewer(cache), *NAMES)
-    generator = copies(task.generator)
-    noise = torch.rand(1).item()
-    model = fit(task, cache, rows, replace(CONFIG, image_size=32), accelerator=accelerator)
-    torch.save(
-        {"generator": generator, "model": copies(model), "losses": losses, "noise": noise},
-        path / f"{accelerator.process_index}.pt",
-    )
+    _, _, logs = prepare(task, data, accelerator=accelerator, checkpoint=path / "p.pt")
+    state = {"generator": copies(task.generator), "losses": [log["generator_loss"] for log in logs]}
+    state["noise"] = torch.rand(1).item()
+    state["model"] = copies(fit(task, *data, replace(CONFIG, image_size=32), accelerator=accelerator))
+    torch.save(state, path / f"{accelerator.process_index}.pt")
 
 
 @pytest.fixture

@@ -88,18 +88,18 @@ def test_what_backbone_and_heads_receive(method, sign, arch):
     else:
         domain_loss = softmax_loss(logits, d)
     class_loss = softmax_loss(model.get_classifier()(z), y)
-    assert out["domain_loss"].item() == pytest.approx(domain_loss.item(), rel=1e-9)
-    assert out["class_loss"].item() == pytest.approx(class_loss.item(), rel=1e-9)
+    assert out["domain_loss"].item() == pytest.approx(domain_loss.item(), rel=1e-6)
+    assert out["class_loss"].item() == pytest.approx(class_loss.item(), rel=1e-6)
 
     heads = {id(p) for p in (*task.critic, *model.get_classifier().parameters())}
     body = [p for p in model.parameters() if id(p) not in heads]
     by_class, by_domain = (torch.autograd.grad(loss, body, retain_graph=True) for loss in (class_loss, domain_loss))
     assert max(r.abs().max() for r in by_domain) > 1e-4
     for p, c, r in zip(body, by_class, by_domain, strict=True):
-        torch.testing.assert_close(p.grad, c + sign * 0.25 * r, rtol=1e-7, atol=1e-10)
+        torch.testing.assert_close(p.grad, c + sign * 0.25 * r, rtol=1e-5, atol=1e-8)
     for parameters, loss in ((task.critic, domain_loss), (list(model.get_classifier().parameters()), class_loss)):
         for p, wanted in zip(parameters, torch.autograd.grad(loss, parameters, retain_graph=True), strict=True):
-            torch.testing.assert_close(p.grad, wanted)
+            torch.testing.assert_close(p.grad, wanted, rtol=1e-5, atol=1e-8)
             assert wanted.abs().sum() > 0
 
 
