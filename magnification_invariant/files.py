@@ -1,5 +1,6 @@
 """Files on this disk: written whole or not at all, by one process at a time; and where what can be made again lies."""
 
+import glob
 import json
 import math
 import os
@@ -8,7 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +61,7 @@ def whole(path: str | os.PathLike) -> Iterator[Path]:
             shutil.rmtree(path)
         os.replace(unfinished, path)
     except BaseException as error:
-        if unfinished.is_dir():
-            shutil.rmtree(unfinished, ignore_errors=True)
-        else:
-            unfinished.unlink(missing_ok=True)
+        _remove(unfinished)
         # safetensors and torch report a full disk as errors of their own
         of_the_disk = isinstance(error, OSError) or "I/O error" in str(error) or "unexpected pos" in str(error)
         if of_the_disk and not isinstance(error, CannotWrite | FileNotFoundError | Busy):
@@ -75,12 +73,26 @@ def whole(path: str | os.PathLike) -> Iterator[Path]:
         raise
 
 
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def remove_unfinished(folder: Path, name: str = "*") -> None:
+    """Remove what killed processes left half-written of `name` in `folder`; only for who holds its lock."""
+    for path in folder.glob(f".{name}.*.tmp"):
+        _remove(path)
+
+
 @contextmanager
 def locked(path: str | os.PathLike, *, wait: bool = False) -> Iterator[None]:
     """Keeps other processes from writing to `path`, a file or a folder, while the block runs.
 
     The lock lies beside it (``.NAME.lock``) and ends with the process, however that ends; its holder is told in
-    ``.NAME.holder.json``.
+    ``.NAME.holder.json``. What a killed process left half-written of `path` is removed.
 
     Args:
         path: What is written.
@@ -102,6 +114,7 @@ def locked(path: str | os.PathLike, *, wait: bool = False) -> Iterator[None]:
     except OSError as error:
         raise CannotWrite(f"cannot write {path}: {error.strerror or error}; write elsewhere") from error
     try:
+        remove_unfinished(path.parent, glob.escape(path.name))
         started = time.strftime("%Y-%m-%d %H:%M:%S")
         command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:4]])
         write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(), "since": started, "command": command})

@@ -1,22 +1,23 @@
 """Two processes (gloo) against one: the same training, the same predictions."""
 
-import json
+import os
 from dataclasses import replace
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState, PartialState
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
+from test_files import locked_elsewhere
 
 from magnification_invariant.data.breakhis import load_breakhis
-from magnification_invariant.data.pixels import PixelCache
+from magnification_invariant.data.pixels import PixelCache, ViewCache
 from magnification_invariant.engine import FitConfig, TrainRows, fit, predict
 from magnification_invariant.lomo.cell import Cell
 from magnification_invariant.lomo.grid import run_grid
+from magnification_invariant.records import Run
 from magnification_invariant.tasks import DANN, ERM
 
 CONFIG = FitConfig(epochs=2, batch_size=8, image_size=32, learning_rate=1e-2)
@@ -45,7 +46,8 @@ def data(tmp_path_factory):
     rows = TrainRows(
         np.arange(21), np.arange(21) % 2, np.arange(21) // 2 % 3, np.array([f"p{i // 3}" for i in range(21)])
     )
-    return PixelCache(ds, 37, folder=tmp_path_factory.mktemp("pixels")), rows
+    folder = tmp_path_factory.mktemp("pixels")
+    return PixelCache(ds, 37, folder=folder), rows, ViewCache(ds, 32, folder=folder).views
 
 
 class FrozenNorm:
@@ -68,7 +70,7 @@ class FrozenDANN(FrozenNorm, DANN):
 
 
 def train(method, data, path):
-    cache, rows = data
+    cache, rows, views = data
     torch.set_num_threads(1)
     torch.manual_seed(0)
     accelerator = Accelerator(cpu=True)
@@ -81,7 +83,7 @@ def train(method, data, path):
     model = fit(
         task, cache, rows, CONFIG, accelerator=accelerator, on_epoch=on_epoch, checkpoint=path / "checkpoint.pt"
     )
-    logits, embedding = predict(model, cache, rows.index, 32, embedding="penultimate", accelerator=accelerator)
+    logits, embedding = predict(model, views, rows.index, embedding="penultimate", accelerator=accelerator)
     torch.save(
         {
             "processes": accelerator.num_processes,
@@ -128,24 +130,36 @@ def test_batch_norm_in_training_takes_each_process_for_itself_and_all_predict_al
         assert torch.equal(value, other["weights"][name]), name
     model = ERM.create_model("test_magdg_resnet", num_classes=2, num_domains=3)
     model.load_state_dict(two["weights"])
-    alone, _ = predict(model, data[0], data[1].index, 32)
+    alone, _ = predict(model, data[2], data[1].index)
     assert np.allclose(two["logits"].numpy(), alone, atol=1e-5)
 
 
-def run_cells(tree, path):
+CELL = Cell("dann", 200, n_folds=4, model="test_magdg_resnet", fit=CONFIG)
+
+
+def run_cells(cells, tree, path, said):
     torch.set_num_threads(1)
-    cell = Cell("dann", 200, n_folds=4, model="test_magdg_resnet", epochs=2, image_size=32, batch_size=8)
-    cells = [replace(cell, method="colour"), cell]
-    run_grid(cells, load_breakhis(tree), path, accelerator=Accelerator(cpu=True), say=lambda line: None)
+    run_grid(cells, load_breakhis(tree), path, accelerator=Accelerator(cpu=True), say=said.append)
+    (path / f"said{os.getpid()}").write_text("\n".join(said))
 
 
 def test_two_processes_leave_the_records_of_a_grid_once(breakhis_tree, tmp_path):
-    debug_launcher(run_cells, (breakhis_tree, tmp_path), num_processes=2)
-    for name, epochs in (("colour", 1), ("dann", 2)):
-        folder = tmp_path / f"{name}-lomo200-fold0-seed0"
-        assert json.loads((folder / "results.json").read_text())["parts"]["test"]["images"] == 2
-        records = pq.read_table(folder / "predictions.parquet").to_pandas()
-        # one of four patients of each class tests, one validates, at three magnifications: 2 + 6 + 6 images an epoch
-        assert len(records) == len(records.groupby(["epoch", "part", "filename"])) == 14 * epochs
-    assert not {p.name for p in folder.iterdir()} & {"checkpoint.pt", "epochs"}
-    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
+    cells = [replace(CELL, method="colour", options=None), CELL]
+    debug_launcher(run_cells, (cells, breakhis_tree, tmp_path, []), num_processes=2)
+    for cell, epochs in zip(cells, (1, 2), strict=True):
+        run = Run(tmp_path / cell.name)
+        assert run.results["parts"]["test"]["images"] == 2
+        rows = run.predictions.to_pandas()
+        # One of four patients of each class tests, one validates, at three magnifications: 2 + 6 + 6 images an epoch;
+        # of a network, the two tested ones once more, scale-normalised.
+        assert len(rows) == len(rows.groupby(["epoch", "part", "filename"])) == 14 * epochs + 2 * run.is_network
+    assert not {p.name for p in run.folder.iterdir()} & {"checkpoint.pt", "epochs"}
+    assert len(run.losses()) == 2
+
+
+def test_processes_of_a_launch_leave_a_cell_that_another_launch_runs_together(breakhis_tree, tmp_path):
+    with locked_elsewhere(tmp_path / CELL.name) as pid:
+        debug_launcher(run_cells, ([CELL], breakhis_tree, tmp_path, []), num_processes=2)
+    one, other = sorted(path.read_text() for path in tmp_path.glob("said*"))
+    assert one == "" and f"process {pid} on" in other
+    assert not (tmp_path / CELL.name).exists()

@@ -1,3 +1,5 @@
+"""The training loop and prediction: reproducible, resumable, the same for every method; the network against timm."""
+
 import itertools
 import math
 import subprocess
@@ -11,17 +13,19 @@ from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
 from magnification_invariant import engine, metrics
-from magnification_invariant.data.pixels import PixelCache
+from magnification_invariant.data.pixels import PixelCache, ViewCache
 from magnification_invariant.engine import (
     Diverged,
     FitConfig,
+    Network,
     TrainRows,
     epoch_order,
     fit,
     learning_rate_factor,
     predict,
 )
-from magnification_invariant.tasks import DANN, ERM, Player, Task, get_task
+from magnification_invariant.models import embed
+from magnification_invariant.tasks import DANN, ERM, Player
 
 ARCH = "test_magdg_resnet"
 
@@ -39,6 +43,7 @@ def data(tmp_path_factory):
         {"image": images, "mpp": [1.0] * 48}, features=Features({"image": Image(), "mpp": Value("float64")})
     )
     cache = PixelCache(ds, 37, folder=tmp_path_factory.mktemp("pixels"))
+    cache.views = ViewCache(ds, 32, folder=tmp_path_factory.mktemp("views")).views  # two tiles an image
     group = np.array([f"p{i // 6}" for i in range(48)])
     return cache, TrainRows(np.arange(48), label, domain, group)
 
@@ -48,7 +53,7 @@ CONFIG = FitConfig(epochs=2, batch_size=16, image_size=32, log_every=1)
 
 def make(method, seed=0, **kwargs):
     torch.manual_seed(seed)
-    return method(method.create_model(ARCH, num_classes=2, num_domains=3), **kwargs)
+    return method(method.create_model(ARCH, num_classes=2, num_domains=3), method.Options(**kwargs))
 
 
 def state(model):
@@ -68,14 +73,14 @@ def test_dann_with_coefficient_zero_is_erm_bit_for_bit(data):
 def test_same_seed_same_weights_and_another_seed_others(data):
     once, again = fit(make(ERM), *data, CONFIG), fit(make(ERM), *data, CONFIG)
     assert equal(state(once), state(again))
-    other = fit(make(ERM), *data, FitConfig(**{**vars(CONFIG), "seed": 1}))
+    other = fit(make(ERM), *data, replace(CONFIG, seed=1))
     assert not equal(state(once), state(other))
 
 
 @pytest.mark.parametrize("method", [ERM, DANN])
 def test_a_run_cut_off_and_resumed_ends_as_one_left_alone(data, tmp_path, method, monkeypatch):
     monkeypatch.setattr(engine, "CHECKPOINT_SECONDS", 0)
-    config = FitConfig(**{**vars(CONFIG), "epochs": 3})
+    config = replace(CONFIG, epochs=3)
     alone = fit(make(method), *data, config)
 
     def cut(epoch, model, log):
@@ -123,7 +128,7 @@ def test_the_last_batch_is_as_large_as_the_others(data):
     rows = TrainRows(*(getattr(rows, name)[:17] for name in ("index", "target", "domain", "group")))
     fit(make(Counting), cache, rows, CONFIG)
     assert seen == [16] * 4
-    logits, _ = predict(make(ERM).model, cache, rows.index, 32, batch_size=16)
+    logits, _ = predict(make(ERM).model, cache.views, rows.index, batch_size=16)
     assert logits.shape == (17, 2)
 
 
@@ -142,7 +147,7 @@ def test_bfloat16_is_close_to_single_precision(data, fresh_state):
             accelerator=Accelerator(cpu=True, mixed_precision=precision),
             on_epoch=lambda e, m, log, losses=losses: losses.append(log["loss"]),
         )
-        logits[precision], _ = predict(model, cache, rows.index, 32)
+        logits[precision], _ = predict(model, cache.views, rows.index)
         assert next(model.parameters()).dtype == torch.float32
     assert logs["bf16"] != logs["no"]  # it was another precision
     assert logs["bf16"] == pytest.approx(logs["no"], rel=0.02)
@@ -169,7 +174,7 @@ import sys
 sys.modules["datasets"] = sys.modules["evaluate"] = None  # an import of them fails
 import numpy as np, torch
 import magnification_invariant.metrics
-from magnification_invariant.data.pixels import PixelCache
+from magnification_invariant.data.pixels import PixelCache, ViewCache
 from magnification_invariant.engine import FitConfig, TrainRows, fit, predict
 from magnification_invariant.tasks import TASKS, get_task
 files = [r"{tmp_path}/%d.png" % i for i in range(8)]
@@ -183,7 +188,8 @@ task = method(method.create_model("{ARCH}", num_classes=2, num_domains=2))
 before = [p.clone() for p in task.model.parameters()]
 model = fit(task, cache, rows, FitConfig(epochs=1, batch_size=4, image_size=32))
 assert not any(torch.equal(a, b) for a, b in zip(before, task.model.parameters()))
-assert np.isfinite(predict(model, cache, i, 32)[0]).all()
+views = ViewCache(table, 32, folder=r"{tmp_path}/views").views
+assert np.isfinite(predict(model, views, i)[0]).all()
 print("trained")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -195,7 +201,7 @@ def test_learns_the_classes(data):
     train = TrainRows(*(getattr(rows, name)[:36] for name in ("index", "target", "domain", "group")))
     config = FitConfig(epochs=12, batch_size=12, image_size=32, stain=0.0, learning_rate=3e-3, ema_decay=0.9)
     model = fit(make(DANN), cache, train, config)
-    logits, _ = predict(model, cache, rows.index[36:], 32)
+    logits, _ = predict(model, cache.views, rows.index[36:])
     assert metrics.auc(rows.target[36:], logits[:, 1] - logits[:, 0]) > 0.9
 
 
@@ -273,22 +279,55 @@ def test_two_players_take_turns(data):
 
     task = make(Duel)
     before = {k: v.clone() for k, v in task.model.named_parameters()}
-    fit(task, *data, FitConfig(**{**vars(CONFIG), "epochs": 1, "weight_decay": 0.0, "ema_decay": 0.0}))
+    fit(task, *data, replace(CONFIG, epochs=1, weight_decay=0.0, ema_decay=0.0))
     assert moved == [0, 1, 1] * 3
     for name, value in task.model.named_parameters():
         assert torch.equal(value, before[name]) == (not name.startswith("fc."))
 
 
-def test_predict_keeps_the_order_and_the_batch_does_not_matter(data):
+def test_predict_is_the_mean_over_tiles_in_the_order_asked_for(data):
+    """Against timm's model on the tiles, normalised here; whatever the size of a batch, which tiles of images share."""
     cache, _ = data
     model = make(ERM).model.eval()
     rows = np.array([5, 3, 40, 3, 0])
-    logits, embedding = predict(model, cache, rows, 32, batch_size=2, embedding="penultimate")
+    logits, embedding = predict(model, cache.views, rows, batch_size=3, embedding="penultimate")
+    assert logits.shape == (5, 2) and logits.dtype == embedding.dtype == np.float32
     assert np.array_equal(logits[1], logits[3])
-    assert np.allclose(logits, predict(model, cache, rows, 32)[0], atol=1e-5)
-    weight, bias = (p.detach().numpy() for p in (model.fc.weight, model.fc.bias))
-    assert np.allclose(embedding @ weight.T + bias, logits, atol=1e-5)
-    assert np.allclose(logits[0], predict(model, cache, np.array([5]), 32)[0], atol=1e-5)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    for row, tiles, own_logits, own_embedding in zip(rows, cache.views(rows), logits, embedding, strict=True):
+        assert len(tiles) == 2, row
+        with torch.inference_mode():
+            wanted = embed(model, (torch.from_numpy(tiles) / 255 - mean) / std, "penultimate")
+        for got, each in zip((own_logits, own_embedding), wanted, strict=True):
+            assert np.allclose(got, each.mean(0), atol=1e-5)
+    alone, nothing = predict(model, cache.views, rows)
+    assert np.allclose(logits, alone, atol=1e-5) and nothing is None
+
+
+def test_the_normalisation_of_a_model_is_used_to_train_it_and_to_predict(data):
+    """A model that wants pixels in [-1, 1] is given the same pictures as one that wants ImageNet's normalisation."""
+    seen = []
+
+    class Seeing(ERM):
+        def forward(self, input, *args, **kwargs):
+            seen.append(input)
+            return super().forward(input, *args, **kwargs)
+
+    half = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    inputs, models = [], []
+    for changed in ({}, half):
+        task = make(Seeing)
+        task.model.pretrained_cfg = {**task.model.pretrained_cfg, **changed}
+        seen.clear()
+        models.append(fit(task, *data, replace(CONFIG, epochs=1)))
+        mean, std = (torch.tensor(task.model.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
+        inputs.append(torch.cat(seen) * std + mean)
+    assert torch.allclose(*inputs, atol=1e-6) and inputs[0].min() >= 0 and inputs[0].max() <= 1
+    (tiles,) = data[0].views([7])
+    with torch.inference_mode():
+        wanted = models[1](torch.from_numpy(tiles) / 127.5 - 1).mean(0)
+    assert np.allclose(predict(models[1], data[0].views, [7])[0][0], wanted, atol=1e-5)
+    assert len(Network(models[1], None)(torch.from_numpy(tiles))) == 1
 
 
 def test_batch_must_be_shared_equally(data):
@@ -297,18 +336,6 @@ def test_batch_must_be_shared_equally(data):
 
     with pytest.raises(ValueError, match=r"16 images.*3 processes"):
         fit(make(ERM), *data, CONFIG, accelerator=Three())
-
-
-def test_methods_by_name():
-    assert get_task("erm") is ERM
-    assert get_task("magnification_invariant.tasks.dann:DANN") is DANN
-    with pytest.raises(ValueError, match="choose from erm, dann"):
-        get_task("dan")
-    with pytest.raises(ValueError, match="cannot import"):
-        get_task("no.such:Thing")
-    with pytest.raises(ValueError, match="not a subclass"):
-        get_task("json:loads")
-    assert issubclass(DANN, Task)
 
 
 @pytest.mark.parametrize("schedule, wanted", [("dann", 0.9866142981514303), ("constant", 1.0), ("linear", 0.5)])
@@ -345,9 +372,6 @@ def test_the_adaptive_coefficient_makes_both_gradients_equally_strong():
 def test_dann_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match="choose from dann, constant"):
         make(DANN, coeff_schedule="cosine")
-    with pytest.raises(ValueError, match="two training domains"):
-        DANN(DANN.create_model(ARCH, num_classes=2, num_domains=1))
-    torch.manual_seed(0)
     with pytest.raises(ValueError, match="domain head"):
         DANN(ERM.create_model(ARCH, num_classes=2, num_domains=3))
 
@@ -358,10 +382,10 @@ def test_compilation_makes_one_graph_for_every_coefficient(data, monkeypatch):
     counter, compile = CompileCounter(), torch.compile
     monkeypatch.setattr(torch, "compile", lambda function: compile(function, backend=counter, fullgraph=True))
     logs = []
-    config = FitConfig(**{**vars(CONFIG), "compile": True, "zoom": 2.0})
+    config = replace(CONFIG, compile=True, zoom=2.0)
     compiled = fit(make(DANN), *data, config, on_epoch=lambda e, m, log: logs.append(log["coeff"]))
     assert counter.frame_count == 1 and logs[0] < logs[1]
-    eager = fit(make(DANN), *data, FitConfig(**{**vars(CONFIG), "zoom": 2.0}))
+    eager = fit(make(DANN), *data, replace(CONFIG, zoom=2.0))
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(compiled.parameters(), eager.parameters(), strict=True))
 
 

@@ -142,11 +142,11 @@ def is_finished(folder: Path, cell: Cell, ds) -> bool:
     run = Run(folder)
     if not run.has_config:
         return False
-    there, wanted = run.config, json.loads(json.dumps(cell.identity(ds)))
+    there, wanted = run.config, cell.identity(ds)
     differing = {}
     for group in ("cell", "settings"):
         for key, value in wanted[group].items():
-            if (old := there.get(group, {}).get(key)) != value:
+            if json.dumps(old := there.get(group, {}).get(key)) != json.dumps(value):
                 differing[key] = (old, value)
     if differing:
         what = ", ".join(f"{key} was {old!r} and is now {new!r}" for key, (old, new) in differing.items())

@@ -28,7 +28,7 @@ from magnification_invariant.data.splits import (
 )
 from magnification_invariant.data.views import CROP_PCT, DRAWS, cache_height, field_mpp, random_view, view_mpp
 from magnification_invariant.engine import Diverged, TrainRows, fit, normalisation, predict
-from magnification_invariant.files import Busy, locked, read_json, write_json
+from magnification_invariant.files import Busy, locked, read_json, remove_unfinished, write_json
 from magnification_invariant.lomo.cell import Cell, is_finished
 from magnification_invariant.model_folder import load_backbone, seen_by, source_name, write_model_folder
 from magnification_invariant.records import (
@@ -118,13 +118,18 @@ def run_cell(
     """
     torch.set_num_threads(cell.threads)
     is_finished(folder, cell, ds)  # raises where the folder holds something else
+    split = split or _split(cell, ds)
+    assert_disjoint(split, ds)
     if accelerator is None and cell.method not in FLOORS:
         from accelerate import Accelerator
 
         accelerator = Accelerator(mixed_precision=cell.mixed_precision)
-    split = split or _split(cell, ds)
-    assert_disjoint(split, ds)
     with _claimed(folder, accelerator):
+        if is_finished(folder, cell, ds):  # by another process, since somebody looked
+            return
+        if accelerator is None or accelerator.is_main_process:
+            for place in (folder, folder / "epochs", folder / "prepare"):
+                remove_unfinished(place)
         job = _job(cell, ds, Run(folder), split, accelerator)
         config = {**cell.identity(ds), "machine": _machine()}
         config["cell"]["data_source"] = data_source

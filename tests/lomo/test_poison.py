@@ -1,10 +1,6 @@
 """Nothing of the test reaches a model, whatever the method: its rows are replaced by noise, and all stays bit-equal."""
 
-import json
-from dataclasses import replace
-
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import timm
@@ -13,12 +9,14 @@ from PIL import Image
 
 from magnification_invariant.data.breakhis import load_breakhis
 from magnification_invariant.data.splits import leave_one_magnification_out
+from magnification_invariant.engine import FitConfig
 from magnification_invariant.lomo.cell import Cell
 from magnification_invariant.lomo.run import run_cell
 from magnification_invariant.metrics import select_epoch
+from magnification_invariant.records import NORMALISED, Run
 from magnification_invariant.tasks import TASKS, MagGAN
 
-CELL = Cell("erm", 200, n_folds=4, model="test_magdg_resnet", epochs=3, image_size=32, batch_size=8, gan_epochs=1)
+FIT = FitConfig(epochs=3, image_size=32, batch_size=8)
 FILES = ("metrics.jsonl", "prepare.jsonl", "gan_samples.png", "model/model.safetensors", "model/signature.safetensors")
 
 pytestmark = pytest.mark.filterwarnings("ignore:timm has no weights")  # of the tiny model
@@ -43,18 +41,17 @@ def poisoned(ds, rows):
     return ds.add_column("label", label.tolist(), feature=features["label"])
 
 
-def contents(folder):
+def contents(run):
     """All that follows from training and validation."""
-    records = pq.read_table(folder / "predictions.parquet").to_pandas()
-    results = json.loads((folder / "results.json").read_text())
-    embeddings = safetensors.torch.load_file(folder / "embeddings.safetensors")
+    of_val = run.predictions.filter([part == "val" for part in run.predictions["part"].to_pylist()])
     return {
-        **{name: (folder / name).read_bytes() if (folder / name).exists() else None for name in FILES},
-        "epochs": [select_epoch(rule, records) for rule in ("last", "val_log_loss", "val_auc")],
-        "validation": np.stack(records[records.part == "val"].logits).tolist(),
-        "embeddings": [embeddings[f"{part}.embedding"].tolist() for part in ("train", "val")],
-        "temperature": results["temperature"],
-        "scores": results["parts"]["val"],
+        **{name: (run.folder / name).read_bytes() if (run.folder / name).exists() else None for name in FILES},
+        "epochs": [select_epoch(rule, run.predictions) for rule in ("last", "val_log_loss", "val_auc")],
+        "validation": of_val.to_pydict(),
+        "embeddings": [run.embeddings(part).tolist() for part in ("train", "val")],
+        "scales": [run.results[name] for name in ("base_range", "mpp_range")],
+        "temperature": run.temperature,
+        "scores": run.results["parts"]["val"],
     }
 
 
@@ -62,31 +59,35 @@ def contents(folder):
 def test_nothing_of_the_test_reaches_the_model(ds, tmp_path, method, monkeypatch):
     monkeypatch.setattr(MagGAN, "size", 16)
     monkeypatch.setattr(MagGAN, "width", 4)
-    cell = replace(CELL, method=method)
+    # 40X is coarser than all that is trained on, so that it is another image when it is shown scale-normalised
+    cell = Cell(method, 40, n_folds=4, model="test_magdg_resnet", fit=FIT)
+    cell = cell.with_settings({"gan_epochs": 1} if method == "gan" else {})
     # The split is made once: from the labels that are poisoned, others would follow.
     split = leave_one_magnification_out(ds, cell.held_out, n_folds=cell.n_folds)
     unseen = np.setdiff1d(np.arange(len(ds)), np.concatenate([split.train, split.val]))
-    held_out = np.flatnonzero(np.asarray(ds["magnification"]) == 200)
+    held_out = np.flatnonzero(np.asarray(ds["magnification"]) == 40)
     assert {*split.test, *split.test_source, *held_out} == {*unseen} and len(unseen) == 14
 
-    run_cell(cell, ds, tmp_path / "clean", split=split)
-    run_cell(cell, poisoned(ds, unseen), tmp_path / "poisoned", split=split)
-    clean, other = contents(tmp_path / "clean"), contents(tmp_path / "poisoned")
-    assert [name for name in clean if clean[name] != other[name]] == []
-    assert clean["model/signature.safetensors"] and (clean["gan_samples.png"] is None) == (method != "gan")
+    def run(table, name):
+        run_cell(cell, table, tmp_path / name, split=split)
+        return Run(tmp_path / name)
+
+    clean, other = run(ds, "clean"), run(poisoned(ds, unseen), "poisoned")
+    a, b = contents(clean), contents(other)
+    assert [name for name in a if a[name] != b[name]] == []
+    assert a["model/signature.safetensors"] and (a["gan_samples.png"] is None) == (method != "gan")
 
     # The poison did reach the test, and the rows of training would have shown it.
-    a, b = (pq.read_table(tmp_path / name / "predictions.parquet").to_pandas() for name in ("clean", "poisoned"))
-    for part in ("test", "test_source"):
-        one, two = (np.stack(records[records.part == part].logits) for records in (a, b))
-        assert (one != two).all()
+    for part in ("test", "test_source", NORMALISED):
+        assert (clean.part(part)["logits"] != other.part(part)["logits"]).all()
+    assert (clean.part("test")["mpp"] > clean.part(NORMALISED)["mpp"]).all()
     if method == "erm":
-        run_cell(cell, poisoned(ds, split.train[:1]), tmp_path / "seen", split=split)
-        assert contents(tmp_path / "seen")["model/model.safetensors"] != clean["model/model.safetensors"]
+        seen = run(poisoned(ds, split.train[:1]), "seen")
+        assert contents(seen)["model/model.safetensors"] != a["model/model.safetensors"]
 
     # What is released is the plain network, without the method's own parts.
-    released = timm.create_model(f"local-dir:{tmp_path / 'clean' / 'model'}", pretrained=True)
+    released = timm.create_model(f"local-dir:{clean.model}", pretrained=True)
     assert type(released) is timm.models.resnet.ResNet
-    saved = safetensors.torch.load_file(tmp_path / "clean" / "model" / "model.safetensors")
+    saved = safetensors.torch.load_file(clean.model / "model.safetensors")
     assert saved.keys() == released.state_dict().keys()
     assert all(torch.equal(saved[name], value) for name, value in released.state_dict().items())
