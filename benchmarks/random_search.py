@@ -21,6 +21,7 @@ import math
 import os
 import shlex
 import sys
+import textwrap
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import fields
@@ -208,16 +209,14 @@ def write(args: argparse.Namespace, losses: dict[str, np.ndarray], chosen: dict[
         held_out=", ".join(f"{m}X" for m in args.held_out), scored=round(args.patients / N_FOLDS["nested"])
     )
     heads = ["loss"] if args.rule == "source" else [f"{m}X held out" for m in MAGNIFICATIONS]
-    text = f"""# Random search, the same for every method
-
-`python benchmarks/random_search.py {shlex.join(sys.argv[1:])}`
-
-{args.trials} trials on {args.patients} virtual patients from {args.first_patient} on, {args.images} images each at
-every magnification, {args.model} at {args.image_size} px. Trial 0 is the defaults at a learning rate of
-{args.learning_rate}. {words} `{name}.json` holds what was chosen.
-
-{markdown_table(["method", "trial", *heads, "settings"], rows)}
-"""
+    about = (
+        f"{args.trials} trials on {args.patients} virtual patients from {args.first_patient} on, {args.images} images "
+        f"each at every magnification, {args.model} at {args.image_size} px. Trial 0 is the defaults at a learning "
+        f"rate of {args.learning_rate}. {words} `{name}.json` holds what was chosen."
+    )
+    command = f"`python benchmarks/random_search.py {shlex.join(sys.argv[1:])}`"
+    table = markdown_table(["method", "trial", *heads, "settings"], rows)
+    text = "\n\n".join(["# Random search, the same for every method", command, textwrap.fill(about, 120), table]) + "\n"
     (args.results / f"{name}.md").write_text(text)
     print(text)
 
