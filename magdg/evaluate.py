@@ -21,7 +21,7 @@ def execute(args) -> int:
     from magnification_invariant.report.evaluation import read_predictions, sections
     from magnification_invariant.report.page import markdown, write
 
-    is_table = args.source.endswith(".parquet")
+    is_table = args.source.lower().endswith(".parquet")
     if is_table == bool(args.data):
         raise ValueError("give either predictions (.parquet), or a model and --data to predict")
     columns, temperature = (read_predictions(Path(args.source)), None) if is_table else predict(args)

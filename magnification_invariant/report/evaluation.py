@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from magnification_invariant import metrics
@@ -21,25 +20,53 @@ COVERAGES = (1.0, 0.9, 0.8, 0.7, 0.5)
 def read_predictions(path: Path) -> dict[str, np.ndarray]:
     """Columns of a table of predictions, of its last epoch if it has several.
 
-    Needed are ``label`` (0, 1), ``patient``, and ``logits`` (two a row) or ``probability`` (of class 1). Used where
-    there: ``part`` ("val" chooses threshold and temperature), ``subtype``, ``domain`` or ``magnification``.
+    Needed are ``label`` (0, 1), ``patient``, and ``logits`` (two a row) or ``probability`` (of class 1); where both are
+    there and disagree, ``probability`` counts. Used where there: ``part`` ("val" chooses threshold and temperature),
+    ``subtype``, ``domain`` or ``magnification``.
 
     Raises:
         ValueError: a column is missing, has gaps or rows of another length; no rows.
         OSError: no such file, or no Parquet.
     """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no such file: {path}")
     try:
         table = pq.read_table(path)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise OSError(f"{path} is not a Parquet file of predictions: {error}") from error
     if "epoch" in table.column_names and len(table):
-        table = table.filter(pc.equal(table["epoch"], pc.max(table["epoch"])))
+        epoch = _epochs(path, table["epoch"].to_pylist())
+        table = table.filter(pa.array(epoch == epoch.max()))
     columns = {}
     for name in set(table.column_names) & {"logits", "probability", *TEXTS}:
-        if table[name].null_count:
-            raise ValueError(f"{path}: column {name!r} has no value in {table[name].null_count} of {len(table)} rows")
-        columns[name] = np.array(table[name].to_pylist())
+        values = table[name].to_pylist()
+        gaps = sum(value is None or value != value for value in values)
+        if gaps:
+            raise ValueError(f"{path}: column {name!r} has no value in {gaps} of {len(table)} rows")
+        if name == "logits":
+            ragged = [i for i, value in enumerate(values) if not isinstance(value, list) or len(value) != 2]
+            if ragged:
+                raise ValueError(
+                    f"{path}: column 'logits' has not two numbers (benign, malignant) in {len(ragged)} of {len(table)} "
+                    f"rows, the first of them row {ragged[0]}: {values[ragged[0]]!r}"
+                )
+        columns[name] = np.array(values)
+    keys = [name for name in ("filename", "patient", "part") if name in columns]
+    if "filename" in keys:
+        twice = len(table) - len(set(zip(*(columns[name].tolist() for name in keys), strict=True)))
+        if twice:
+            warnings.warn(f"{path}: {twice} of {len(table)} rows are of an image that is there already", stacklevel=2)
     return columns
+
+
+def _epochs(path: Path, values: list) -> np.ndarray:
+    try:
+        epoch = np.array([float("nan") if value is None else float(value) for value in values])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: column 'epoch' holds {values[0]!r}, which is no number") from error
+    if np.isnan(epoch).any():
+        raise ValueError(f"{path}: column 'epoch' has no value in {int(np.isnan(epoch).sum())} of {len(epoch)} rows")
+    return epoch
 
 
 def checked(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -59,9 +86,20 @@ def checked(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     if "logits" in columns:
         if columns["logits"].ndim != 2 or columns["logits"].shape[1] != 2:
             raise ValueError(f"logits must be two a row, benign and malignant, not of shape {columns['logits'].shape}")
-        complete["probability"] = metrics.apply_temperature(columns["logits"], 1.0)[:, 1]
+        of_logits = metrics.apply_temperature(columns["logits"], 1.0)[:, 1]
+        complete.setdefault("probability", of_logits)
     metrics.brier(complete["label"], complete["probability"])  # raises what is wrong with the two
-    if "logits" not in columns:
+    stated = "probability" in columns
+    if stated and "logits" in columns:
+        apart = np.abs(of_logits - columns["probability"])
+        stated = apart.max() > 1e-3
+        if stated:
+            warnings.warn(
+                f"probability and logits disagree in {int((apart > 1e-3).sum())} of {n} rows (as where a temperature "
+                "was applied): probability is evaluated",
+                stacklevel=3,
+            )
+    if stated:
         p = np.clip(complete["probability"].astype(float), 1e-12, 1 - 1e-12)
         complete["logits"] = np.stack([np.zeros(n), np.log(p / (1 - p))], 1)
     if "domain" not in complete and "magnification" in complete:

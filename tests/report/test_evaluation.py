@@ -8,7 +8,7 @@ from scipy.special import expit
 
 from magdg import main
 from magnification_invariant import metrics
-from magnification_invariant.report.evaluation import sections
+from magnification_invariant.report.evaluation import read_predictions, sections
 from magnification_invariant.report.page import Table
 
 
@@ -119,3 +119,42 @@ def test_the_command(tmp_path, capsys):
     assert main(["evaluate", str(tmp_path / "gap.parquet")]) == 2
     assert "no value in 1 of 160 rows" in capsys.readouterr().err
     assert main(["evaluate", "some/model"]) == 2
+
+
+def written(path, **columns):
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def test_the_probability_that_is_stated_is_evaluated(tmp_path):
+    columns = predictions()
+    cool = expit(columns["logits"][:, 1] / 3)
+    given = {**columns, "logits": list(columns["logits"]), "probability": cool, "part": ["test"] * len(cool)}
+    with pytest.warns(UserWarning, match=r"disagree in \d+ of 160 rows .*probability is evaluated"):
+        result = table(sections(read_predictions(written(tmp_path / "p.parquet", **given))), "Metrics")
+    assert float(result["brier"]["by image"]) == pytest.approx(metrics.brier(columns["label"], cool), abs=1e-4)
+
+
+def test_the_last_epoch_is_the_largest_number(tmp_path):
+    label, patient = np.tile([0, 1], 20), [f"p{i}" for i in range(40)]
+    right, wrong = np.where(label == 1, 0.9, 0.1), np.where(label == 1, 0.1, 0.9)
+    columns = {"label": [*label, *label], "patient": patient * 2, "probability": [*wrong, *right]}
+    for epochs in (["9"] * 40 + ["10"] * 40, [9.0] * 40 + [10.0] * 40):
+        known = read_predictions(written(tmp_path / "p.parquet", **columns, epoch=epochs))
+        assert np.array_equal(known["probability"], right)
+    for epochs, message in (([9.0] * 79 + [float("nan")], "no value in 1 of 80"), (["last"] * 80, "is no number")):
+        with pytest.raises(ValueError, match=message):
+            read_predictions(written(tmp_path / "p.parquet", **columns, epoch=epochs))
+
+
+def test_what_a_table_lacks_is_said_with_file_and_row(tmp_path, capsys):
+    columns = {"label": [0, 1, 1], "patient": ["a", "b", "c"], "filename": ["x", "y", "y"]}
+    with pytest.raises(ValueError, match=r"p\.parquet: column 'logits' has not two numbers.* in 1 of 3 rows.*row 1"):
+        read_predictions(written(tmp_path / "p.parquet", **columns, logits=[[0.0, 1.0], [1.0], [0.0, 2.0]]))
+    twice = {**columns, "patient": ["a", "b", "b"], "probability": [0.1, 0.9, 0.9]}
+    with pytest.warns(UserWarning, match="1 of 3 rows are of an image that is there already"):
+        read_predictions(written(tmp_path / "P.PARQUET", **twice))
+    assert main(["evaluate", str(tmp_path / "P.PARQUET"), "--output-dir", str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "absent.parquet")]) == 2
+    assert "there is no such file" in capsys.readouterr().err
