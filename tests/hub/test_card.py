@@ -81,6 +81,7 @@ def test_a_scanner_and_a_fold_that_was_not_fixed_beforehand(tmp_path):
     scanners = ("a", "Zürich <b>", "c")
     run = add_model(write_run(tmp_path, "erm", scanners[1], fold=2, domains=scanners), tmp_path)
     card = (stage(run.folder, "me/model", tmp_path / "staged") / "README.md").read_text()
+    _, _, card = card.split("---\n", 2)  # what is shown, below the YAML
     assert "Zürich &lt;b&gt; was held out" in card and "<b>" not in card
     assert "Fold 2 of 4, seed 0 - *not* the ones fixed" in " ".join(card.split())
 
