@@ -87,9 +87,9 @@ class SparseSignature(ClassifierMixin, OneToOneFeatureMixin, TransformerMixin, B
             X: (n, d) training embeddings.
             y: (n,) labels.
             groups: (n,) patient of each row; None makes every row its own patient.
-            X_val: (m, d) embeddings of validation patients; None leads to cross-validation.
-            y_val: (m,) their labels.
-            groups_val: (m,) their patients.
+            X_val: (m, d) embeddings of validation patients, with `y_val` and `groups_val` (m,); None cross-validates.
+            y_val: Their labels.
+            groups_val: Their patients.
 
         Raises:
             NothingToSelect: No dimension varies, or none differs between the classes.
