@@ -185,19 +185,15 @@ class _Patients:
         return times
 
     def method(self, method: str | None) -> str:
-        if method is None:
-            return "t" if self.metric in METRICS.values() else "bootstrap"
-        if method not in ("t", "bootstrap"):
+        if method not in (None, "t", "bootstrap"):
             raise ValueError(f"method must be 't' or 'bootstrap', not {method!r}")
-        return method
+        return method or ("t" if self.metric in METRICS.values() else "bootstrap")
 
     def too_few(self) -> bool:
         if self.smaller >= FEWEST_PATIENTS:
             return False
         counts = "{} malignant and {} benign patients".format(*self.with_class)
-        warnings.warn(
-            f"{counts} allow no interval: it takes {FEWEST_PATIENTS} of each class", UserWarning, stacklevel=3
-        )
+        warnings.warn(f"{counts} allow no interval: it takes {FEWEST_PATIENTS} of each class", stacklevel=3)
         return True
 
 

@@ -29,10 +29,10 @@ def refit_supports(
         signature: The fitted signature.
         X: (n, d) embeddings.
         y: (n,) labels.
-        domains: (n,) domain of each row. Without subsamples, each refit leaves one domain out.
+        domains: (n,) domain of each row. Each refit leaves one out, where `n_subsamples` is 0.
         groups: (n,) patient of each row, for subsamples.
-        n_subsamples: Refits on `halves` of the patients instead.
-        seed: Seed of the halves.
+        n_subsamples: Refits on `halves` of the patients, dealt by `seed`.
+        seed: Of the halves.
 
     Returns:
         (refits, d) booleans, which dimensions each refit chose.

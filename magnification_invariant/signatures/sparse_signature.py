@@ -24,10 +24,9 @@ class NothingToSelect(ValueError):
 class SparseSignature(ClassifierMixin, OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     """L1-regularised logistic regression on standardised embeddings; its support is the signature.
 
-    The penalty is chosen on patients that the coefficients have not seen: the validation part handed to `fit`, or
-    patient-grouped cross-validation with the scaling refitted in every fold. The criterion is the log-loss with every
-    patient weighing the same. Several classes are fitted one against the rest, on one grid of penalties; the signature
-    is the union of their supports.
+    The penalty is chosen by the log-loss, every patient weighing the same, of patients that the coefficients have not
+    seen: the validation part handed to `fit`, or patient-grouped cross-validation with the scaling refitted in every
+    fold. Several classes are fitted one against the rest, on one grid; the signature is the union of their supports.
 
     Args:
         n_lambdas: Penalties on the path.
