@@ -28,13 +28,7 @@ def register(metric: Callable[..., float]) -> Callable[..., float]:
 def check_binary(
     y_true: ArrayLike, y_prob: ArrayLike, sample_weight: ArrayLike | None = None, *, scores: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Checks the three columns that every metric takes.
-
-    Args:
-        y_true: (n,) labels, 0 or 1.
-        y_prob: (n,) probabilities of class 1; with `scores` any finite numbers.
-        sample_weight: (n,) non-negative weights with a positive sum; None weighs all rows alike.
-        scores: Whether `y_prob` only has to rank the rows.
+    """Checks the three columns that every metric takes; with `scores`, any finite `y_prob` will do.
 
     Returns:
         `y_true` as bool, `y_prob` and the weights (summing to 1) as float64.

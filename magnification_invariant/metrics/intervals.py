@@ -185,21 +185,15 @@ class _Patients:
         return times
 
     def method(self, method: str | None) -> str:
-        if method is None:
-            return "t" if self.metric in METRICS.values() else "bootstrap"
-        if method not in ("t", "bootstrap"):
+        if method not in (None, "t", "bootstrap"):
             raise ValueError(f"method must be 't' or 'bootstrap', not {method!r}")
-        return method
+        return method or ("t" if self.metric in METRICS.values() else "bootstrap")
 
     def too_few(self) -> bool:
         if self.smaller >= FEWEST_PATIENTS:
             return False
-        warnings.warn(
-            f"{self.with_class[0]} malignant and {self.with_class[1]} benign patients allow no interval: it takes "
-            f"{FEWEST_PATIENTS} of each class",
-            UserWarning,
-            stacklevel=3,
-        )
+        counts = "{} malignant and {} benign patients".format(*self.with_class)
+        warnings.warn(f"{counts} allow no interval: it takes {FEWEST_PATIENTS} of each class", stacklevel=3)
         return True
 
 
@@ -220,18 +214,17 @@ def cluster_interval(
         y_true: (n,) labels, 1 = malignant.
         y_prob: (n,) probabilities of malignant.
         groups: (n,) patient of each row.
-        method: "t" or "bootstrap"; None takes "t" for `METRICS` and the bootstrap for functions of the caller's, which
-            need not be smooth in the weights.
-        n_draws: Draws of the bootstrap.
-        runs: (n,) run that each row is of, where the rows are those of several models or test domains: a fold, a seed,
-            a held-out magnification. A patient weighs 1 in each of their runs and is one cluster over all of them. The
-            AUC counts only pairs of one run, pooled by their weight: scores of different models are not on one scale.
+        method: "t", or "bootstrap" with `n_draws`; None takes "t" for `METRICS` and the bootstrap for functions of the
+            caller's, which need not be smooth in the weights.
+        n_draws: Of the bootstrap.
+        runs: (n,) run that each row is of (a fold, a seed, a held-out magnification), where there are several. A
+            patient weighs 1 in each of their runs and is one cluster over all of them. The AUC counts only pairs of one
+            run, pooled by their weight: scores of different models are not on one scale.
 
     Returns:
         Value, low, high. The bounds are NaN, with a warning, with fewer than 8 patients in a class. A figure of
         exactly 0 or 1 shows no variance; its "t" interval then is the exact binomial one (Clopper and Pearson) for
-        that many patients of the smaller class, all right or all wrong, which is wide; a log-loss of 0 has no upper
-        bound, since one wrong image may cost anything.
+        that many patients of the smaller class; a log-loss of 0 has no upper bound.
 
     Raises:
         ValueError: On NaN, labels other than 0 and 1, columns of other lengths, an unknown metric or method.
@@ -242,9 +235,7 @@ def cluster_interval(
     if sample.too_few():
         return Interval(value, float("nan"), float("nan"))
     if method == "bootstrap":
-        low, high = np.quantile(sample.figures(prob, sample.redraws(n_draws)), TAILS)
-        return Interval(value, float(low), float(high))
-
+        return Interval(value, *map(float, np.quantile(sample.figures(prob, sample.redraws(n_draws)), TAILS)))
     return Interval(value, *_t_bounds(sample, value))
 
 
@@ -260,12 +251,10 @@ def _t_bounds(sample: _Patients, value: float) -> tuple[float, float]:
         return (slack, 1.0) if value > 0.5 else (0.0, 1 - slack)
     ends = np.array([-1, 1]) * _half_width(sample, sample.probs, np.array([value]))
     if sample.metric is log_loss:
-        low, high = np.exp(np.log(value) + ends / value)
-    elif bounded:
-        low, high = expit(logit(value) + ends / (value * (1 - value)))
+        bounds = np.exp(np.log(value) + ends / value)
     else:
-        low, high = value + ends
-    return float(low), float(high)
+        bounds = expit(logit(value) + ends / (value * (1 - value))) if bounded else value + ends
+    return tuple(bounds.tolist())
 
 
 def paired_difference(

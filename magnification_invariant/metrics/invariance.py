@@ -49,9 +49,9 @@ def domain_probe(
         embeddings: (n, d).
         domains: (n,) domain of each row, two or more of them.
         groups: (n,) patient of each row.
-        n_folds: Folds over patients.
-        n_draws: Draws of the bootstrap.
-        seed: Seed of folds and bootstrap.
+        n_folds: Over patients.
+        n_draws: Of the bootstrap.
+        seed: Of folds and bootstrap.
 
     Raises:
         ValueError: On one domain, NaN, fewer patients than folds, or a domain that some training fold lacks.
@@ -96,16 +96,9 @@ def probe_difference(
 ) -> Difference:
     """How much better the domain can be read from the one encoder than from the other, on the same rows.
 
-    Args:
-        a: Of the one encoder, by `domain_probe`.
-        b: Of the other.
-        y_true: (n,) class of each row, 0 or 1; patients are redrawn within their class.
-        domains: (n,) as the probes were given.
-        groups: (n,) as the probes were given.
-        **options: n_draws of `paired_difference`.
-
-    Returns:
-        Balanced accuracy of a minus that of b, by `paired_difference`; the fitted probes are taken as given.
+    Balanced accuracy of a minus that of b, by `paired_difference` and its `options` (n_draws); the fitted probes are
+    taken as given. `domains` and `groups` (n,) are those of the probes; patients are redrawn within their class in
+    `y_true` (n,), 0 or 1.
     """
     _, domain = np.unique(np.asarray(domains), return_inverse=True)
 
@@ -124,12 +117,8 @@ def linear_cka(a: ArrayLike, b: ArrayLike) -> float:
     2019) and the estimate of Song et al. (JMLR 13, 2012), which does not drift to 1 when dimensions outnumber rows
     (Davari et al. 2022 on why that matters). For magnifications the rows must be the same fields.
 
-    Args:
-        a: (n, d) embeddings, n >= 4.
-        b: (n, e) embeddings of the same rows.
-
-    Returns:
-        1 for equal embeddings up to rotation and scale, about 0 for unrelated ones; NaN if one of them is constant.
+    1 for equal embeddings (n, d) and (n, e), n >= 4, up to rotation and scale, about 0 for unrelated ones; NaN if one
+    of them is constant.
     """
     a, b = _check_embeddings(a), _check_embeddings(b)
     if len(a) != len(b) or len(a) < 4:

@@ -62,9 +62,7 @@ def nested_choice(
 
 
 def select_epoch(rule: str, records: Mapping[str, ArrayLike]) -> int:
-    """The epoch that a rule chooses; of several equally good ones the first.
-
-    Scores are patient-balanced, of the probabilities before any temperature.
+    """The epoch that a rule chooses by patient-balanced scores before any temperature; of equally good ones the first.
 
     Args:
         rule: "last"; "val_log_loss" or "val_auc", the best on validation patients at the training magnifications; or
@@ -96,13 +94,9 @@ def selected_scores(
 ) -> dict[str, dict]:
     """What the test says of a run under every rule.
 
-    Args:
-        records: as for `select_epoch`, and the column logits.
-        calibrated: with the temperature fitted on the validation patients of the chosen epoch; else 1.
-        part: that is scored.
-
-    Returns:
-        For each rule ``epoch``, ``temperature`` and the patient-balanced `METRICS`.
+    For each rule ``epoch``, ``temperature`` and the patient-balanced `METRICS` of a `part`; `records` as for
+    `select_epoch`, with the column logits too. The temperature is fitted on the validation patients of the chosen
+    epoch, or 1 if not `calibrated`.
     """
     columns = {name: np.asarray(records[name]) for name in ("epoch", "part", "label", "patient")}
     logits = np.stack([np.asarray(row, np.float64) for row in np.asarray(records["logits"])])
@@ -111,9 +105,8 @@ def selected_scores(
         epoch = select_epoch(rule, records)
         val, test = ((columns["epoch"] == epoch) & (columns["part"] == name) for name in ("val", part))
         label, weight = columns["label"][test], patient_weights(columns["patient"][test])
-        temperature = 1.0
-        if calibrated:
-            temperature = fit_temperature(logits[val], columns["label"][val], patient_weights(columns["patient"][val]))
+        validation = logits[val], columns["label"][val], patient_weights(columns["patient"][val])
+        temperature = fit_temperature(*validation) if calibrated else 1.0
         probability = apply_temperature(logits[test], temperature)[:, 1]
         of_rule = {name: metric(label, probability, weight) for name, metric in METRICS.items()}
         scores[rule] = {"epoch": epoch, "temperature": temperature, **of_rule}

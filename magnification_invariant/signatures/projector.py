@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 JSON_FILE, WEIGHTS_FILE = "signature.json", "signature.safetensors"
 FORMAT = 1
 _ARRAYS = ("indices", "mean", "scale", "weight", "bias")
+_WAY_ON = "fetch both files of the signature again (in a git clone: `git lfs pull`), or save it anew"
 
 
 def probabilities(scores: np.ndarray) -> np.ndarray:
@@ -230,9 +231,6 @@ class SignatureProjector:
             return cls(**arrays, **attributes)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file} and {weights.name} do not fit together ({error}): {_WAY_ON}") from None
-
-
-_WAY_ON = "fetch both files of the signature again (in a git clone: `git lfs pull`), or save it anew"
 
 
 def _content(path: Path, read: Callable[[Path], Any]) -> Any:

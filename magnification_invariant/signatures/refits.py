@@ -29,10 +29,10 @@ def refit_supports(
         signature: The fitted signature.
         X: (n, d) embeddings.
         y: (n,) labels.
-        domains: (n,) domain of each row. Without subsamples, each refit leaves one domain out.
+        domains: (n,) domain of each row. Each refit leaves one out, where `n_subsamples` is 0.
         groups: (n,) patient of each row, for subsamples.
-        n_subsamples: Refits on `halves` of the patients instead.
-        seed: Seed of the halves.
+        n_subsamples: Refits on `halves` of the patients, dealt by `seed`.
+        seed: Of the halves.
 
     Returns:
         (refits, d) booleans, which dimensions each refit chose.
@@ -72,21 +72,17 @@ def refit_stability(
         refits: How the parts were made; the keys of `agreement`; interval: what `nogueira_interval` speaks of.
     """
     supports = refit_supports(signature, X, y, domains, groups, n_subsamples=n_subsamples, seed=seed)
-    made = f"{n_subsamples} halves of the patients" if n_subsamples else "each training domain left out once"
-    meaning = "none: too few refits"
+    figures, meaning = agreement(supports[:, signature.live_]), "none: too few refits"
     if n_subsamples >= MONTE_CARLO:
         meaning = "Monte Carlo, conditional on the cohort: it holds the chance of the halves, not of the patients"
-    figures = agreement(supports[:, signature.live_])
-    if n_subsamples:
-        figures["jaccard_pairs"] = None  # too many to keep
-    return {"refits": made, **figures, "interval": meaning}
+    if not n_subsamples:
+        return {"refits": "each training domain left out once", **figures, "interval": meaning}
+    figures["jaccard_pairs"] = None  # too many to keep
+    return {"refits": f"{n_subsamples} halves of the patients", **figures, "interval": meaning}
 
 
 def agreement(supports: ArrayLike) -> dict[str, Any]:
-    """How far signatures agree that index the same dimensions.
-
-    Args:
-        supports: (M, d) booleans over live dimensions, M >= 2.
+    """How far signatures agree that index the same dimensions: `supports` (M, d), booleans over live ones, M >= 2.
 
     Returns:
         sizes (M,); jaccard: mean over pairs, with jaccard_pairs (in the order of `itertools.combinations`) and

@@ -24,10 +24,9 @@ class NothingToSelect(ValueError):
 class SparseSignature(ClassifierMixin, OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     """L1-regularised logistic regression on standardised embeddings; its support is the signature.
 
-    The penalty is chosen on patients that the coefficients have not seen: the validation part handed to `fit`, or
-    patient-grouped cross-validation with the scaling refitted in every fold. The criterion is the log-loss with every
-    patient weighing the same. Several classes are fitted one against the rest, on one grid of penalties; the signature
-    is the union of their supports.
+    The penalty is chosen by the log-loss, every patient weighing the same, of patients that the coefficients have not
+    seen: the validation part handed to `fit`, or patient-grouped cross-validation with the scaling refitted in every
+    fold. Several classes are fitted one against the rest, on one grid; the signature is the union of their supports.
 
     Args:
         n_lambdas: Penalties on the path.
@@ -87,9 +86,9 @@ class SparseSignature(ClassifierMixin, OneToOneFeatureMixin, TransformerMixin, B
             X: (n, d) training embeddings.
             y: (n,) labels.
             groups: (n,) patient of each row; None makes every row its own patient.
-            X_val: (m, d) embeddings of validation patients; None leads to cross-validation.
-            y_val: (m,) their labels.
-            groups_val: (m,) their patients.
+            X_val: (m, d) embeddings of validation patients, with `y_val` and `groups_val` (m,); None cross-validates.
+            y_val: Their labels.
+            groups_val: Their patients.
 
         Raises:
             NothingToSelect: No dimension varies, or none differs between the classes.

@@ -79,6 +79,7 @@ def test_one_class_is_nan_and_not_a_number_of_something_else(recwarn):
     assert not recwarn.list
 
 
+@pytest.mark.slow
 def test_importing_the_metrics_does_not_import_scikit_learn():
     code = "import sys, magnification_invariant.metrics as m; assert m.METRICS and 'sklearn' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -10,6 +10,7 @@ from scipy.stats import norm, t
 
 from magnification_invariant import metrics
 from magnification_invariant.metrics import cluster_interval, paired_difference
+from magnification_invariant.metrics.intervals import _Patients
 
 _path = Path(__file__).parents[2] / "benchmarks" / "interval_coverage.py"
 _spec = importlib.util.spec_from_file_location("interval_coverage", _path)
@@ -73,8 +74,6 @@ def test_copies_of_an_image_add_no_certainty():
 
 
 def test_auc_of_redrawn_patients_equals_the_metric_on_their_rows():
-    from magnification_invariant.metrics.intervals import _Patients
-
     y, p, g = patients(sizes=(8, 9), images=4)
     p = np.round(p, 1)
     sample = _Patients("auc", y, [p], g, None)
@@ -87,8 +86,6 @@ def test_auc_of_redrawn_patients_equals_the_metric_on_their_rows():
 
 def test_clustered_variance_of_the_auc_agrees_with_the_jackknife():
     y, p, g = patients(sizes=(30, 60))
-    from magnification_invariant.metrics.intervals import _Patients
-
     closed = _Patients("auc", y, [p], g, None)
     value = closed.figures(p, np.ones((1, 90)))
     jackknife = _Patients(lambda *row: metrics.auc(*row), y, [p], g, None)

@@ -43,15 +43,11 @@ def test_the_round_trip_is_bit_equal_to_the_estimator(classes, tmp_path):
     assert (read.transform(x) == signature.transform(x)).all()
     assert (read.predict_proba(x) == made.predict_proba(x)).all()
     assert read.predict_proba(x) == pytest.approx(signature.predict_proba(x), abs=1e-12)
+    assert read.predict_proba(x.astype(np.float32)) == pytest.approx(read.predict_proba(x), abs=1e-5)
     assert read.class_names == tuple(map(str, range(classes))) and read.mpp_range == (0.2, 1.5)
     assert (read.width, read.embedding, read.source, read.revision) == (20, "penultimate", "user/model", "abc")
     assert read.stability == {"nogueira": 0.7, "interval": [0.6, None]}
     json.loads((tmp_path / "deep" / "model" / "signature.json").read_text(), parse_constant=pytest.fail)
-
-
-def test_float32_embeddings_are_taken():
-    made, _, x = projector()
-    assert made.predict_proba(x.astype(np.float32)) == pytest.approx(made.predict_proba(x), abs=1e-5)
 
 
 def test_an_empty_signature_predicts_the_base_rate(tmp_path):
