@@ -6,6 +6,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -55,3 +56,20 @@ def test_help(script, monkeypatch, capsys):
 def test_a_missing_name_is_seen():
     source = "from magdg import main, nothing\ndef f():\n    import magnification_invariant.gone\n    from os import no"
     assert missing_names(source) == ["line 1: magdg.nothing", "line 3: magnification_invariant.gone"]
+
+
+def test_precision_of_retrieval_counts_other_patients_of_the_class():
+    precision = runpy.run_path(str(ROOT / "benchmarks" / "signature_table.py"))["precision"]
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((60, 8)).astype(np.float32)
+    patient = rng.integers(9, size=60)
+    label, query, gallery = patient % 2, rng.random(60) < 0.5, rng.random(60) < 0.7
+    shares, weight = [], []
+    for i in np.flatnonzero(query):
+        others = [j for j in np.flatnonzero(gallery) if patient[j] != patient[i]]
+        others.sort(key=lambda j: -float(vectors[i] @ vectors[j]))
+        same = label[others] == label[i]
+        shares.append([same.mean(), same[:5].mean(), same[:10].mean()])
+        weight.append(1 / np.sum(patient[query] == patient[i]))
+    expected = np.average(shares, axis=0, weights=weight)
+    assert precision(vectors, {"label": label, "patient": patient}, query, gallery) == pytest.approx(expected)
