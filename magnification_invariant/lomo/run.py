@@ -244,7 +244,9 @@ def _run_network(job: _Job, config: dict, half: bool) -> None:
         results = {"rescaled": _rescaled(job), "mpp_range": job.mpp_range, "base_range": job.base_range, **prepared}
         results |= {"normalised_why_none": why_none} if why_none else {}
         _record(job, model, {part: embedding for part, (_, embedding) in outputs.items()}, normalised, results)
-        run.write_timing(prepare_seconds=prepare_seconds, seconds=time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        run.write_timing(prepare_seconds=prepare_seconds, seconds=seconds)
+        write_json(run.model / "results.json", results | {"record": run.config, "seconds": seconds})
         for name in ("prepare.pt", "checkpoint.pt"):  # before the epochs: a checkpoint without them could not go on
             (run.folder / name).unlink(missing_ok=True)
         for name in ("prepare", "epochs"):
@@ -449,4 +451,3 @@ def _write_model(job: _Job, model, results: dict, signature: SparseSignature | N
         projector = SignatureProjector.from_signature(signature, **known, weights_sha256=weights_digest(model))
         projector.save_pretrained(target)
     shutil.copy(job.run.folder / "predictions.parquet", target)
-    write_json(target / "results.json", results | {"record": job.run.config})
