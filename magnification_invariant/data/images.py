@@ -2,10 +2,11 @@
 
 import io
 import os
+import threading
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -86,9 +87,34 @@ class EncodedImages:
         return image["path"], image["bytes"]
 
 
+MOST_PIXELS = 1_000_000_000  # of one image: 3 GB once it is decoded
+_OPENING = threading.Lock()
+
+
+def opened(file: Any) -> Image.Image:
+    """`PIL.Image.open` of a path or binary file, with a limit for large images that is ours and not Pillow's.
+
+    Raises:
+        ValueError: It has more than `MOST_PIXELS` pixels.
+        OSError: It is no image.
+    """
+    with _OPENING:  # the limit is the process's; other users of Pillow keep theirs
+        theirs, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            image = Image.open(file)
+        finally:
+            Image.MAX_IMAGE_PIXELS = theirs
+    if image.width * image.height > MOST_PIXELS:
+        raise ValueError(
+            f"{image.width} x {image.height} pixels are more than the {MOST_PIXELS:,} that are decoded at once: cut it "
+            "into fields, or save it at a coarser scale"
+        )
+    return image
+
+
 def open_image(encoded: Encoded) -> Image.Image:
     path, content = encoded
-    return Image.open(path if content is None else io.BytesIO(content))
+    return opened(path if content is None else io.BytesIO(content))
 
 
 def name_of(encoded: Encoded) -> str:
@@ -105,19 +131,76 @@ def shown_size(image: Image.Image) -> tuple[int, int]:
     return image.size[::-1] if turned else image.size
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB, turned as EXIF asks for; of 16 bits the upper 8 are kept, of several frames the first.
+def to_rgb(image: Image.Image, notes: list[str] | None = None) -> Image.Image:
+    """8-bit RGB as a viewer shows it: turned as EXIF asks for, on white where it is transparent, of frames the first.
+
+    Grey values of 10, 12 or 14 bits in 16 are scaled by their own depth (`bit_depth`), and inverted where TIFF's
+    photometric interpretation says that 0 is white.
+
+    Args:
+        image: Of any mode.
+        notes: Gets what must be said of the picture: a depth that was guessed, a part that may be missing.
 
     Raises:
         ValueError: values have no known range (32-bit integers, floating point).
     """
+    notes = [] if notes is None else notes
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image = _grey16(image, notes)
+    elif tuple(getattr(image, "tag_v2", {}).get(_BITS, ())) == (16, 16, 16):
+        image = _rgb16(image, notes)
     if image.mode in ("I", "F"):
         raise ValueError(f"values of mode {image.mode!r} have no known range; store the image with 8 or 16 bits")
-    return image if image.mode == "RGB" else image.convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    notes += _missing_part(np.asarray(image))
+    return image
+
+
+_BITS, _PHOTOMETRIC, _MOST_VALUE, _MOST_SAMPLE = 258, 262, 281, 341  # tags of TIFF
+
+
+def bit_depth(values: np.ndarray, stated: Any, notes: list[str]) -> int:
+    """Bits that 16-bit values use: by TIFF's tag of the largest, else the fewest of 10, 12, 14, 16 that hold them."""
+    largest = int(max(stated)) if isinstance(stated, tuple) and stated else int(stated or 0)
+    bits = next((bits for bits in (10, 12, 14) if (largest or int(values.max(initial=0))) < 2**bits), 16)
+    if bits < 16 and not largest:
+        notes.append(f"its largest value is {values.max(initial=0)} of 16 bits: it is taken to have {bits}")
+    return bits
+
+
+def _grey16(image: Image.Image, notes: list[str]) -> Image.Image:
+    tags, values = getattr(image, "tag_v2", {}), np.asarray(image).astype(np.uint16)
+    bits = bit_depth(values, tags.get(_MOST_SAMPLE) or tags.get(_MOST_VALUE), notes)
+    values = (values >> (bits - 8)).clip(0, 255).astype(np.uint8)
+    return Image.fromarray(255 - values if tags.get(_PHOTOMETRIC) == 0 else values)
+
+
+def _rgb16(image: Image.Image, notes: list[str]) -> Image.Image:
+    """Pillow keeps the upper 8 of 16 bits, whatever the values' depth."""
+    import tifffile
+
+    tags = image.tag_v2
+    image.fp.seek(0)
+    with tifffile.TiffFile(image.fp) as tiff:
+        values = tiff.pages[0].asarray()
+    values = np.moveaxis(values, 0, -1) if values.shape[0] == 3 and values.shape[-1] != 3 else values
+    bits = bit_depth(values, tags.get(_MOST_SAMPLE) or tags.get(_MOST_VALUE), notes)
+    return Image.fromarray((values >> (bits - 8)).clip(0, 255).astype(np.uint8))
+
+
+def _missing_part(pixels: np.ndarray) -> list[str]:
+    """Says where the lower part of a picture is of exactly one colour, as where a copy was cut and closed again."""
+    same = (pixels == pixels[-1, -1]).all((1, 2))
+    lines = len(same) if same.all() else int(same[::-1].argmin())
+    if lines == len(same):
+        return ["it is of one colour: there is no tissue in it"]
+    share = lines / len(same)
+    return [f"the lowest {share:.0%} of it are of exactly one colour: a part may be missing"] * (share >= 0.1)
 
 
 def check(file: str | os.PathLike | BinaryIO) -> tuple[int, int]:
@@ -126,10 +209,8 @@ def check(file: str | os.PathLike | BinaryIO) -> tuple[int, int]:
     Raises:
         Exception: it is none; Pillow raises OSError, SyntaxError, ValueError, struct.error ... on damaged files.
     """
-    with Image.open(file) as image:
-        (width, height), limit = shown_size(image), Image.MAX_IMAGE_PIXELS
-        if limit and width * height > limit:
-            raise Image.DecompressionBombError(f"{width} x {height} pixels are more than the limit of {limit}")
+    with opened(file) as image:
+        width, height = shown_size(image)
         if image.mode in ("I", "F"):
             raise ValueError(f"values of mode {image.mode!r} have no known range; store it with 8 or 16 bits")
         if image.format == "PNG":

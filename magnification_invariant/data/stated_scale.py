@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image
-
+from magnification_invariant.data.images import opened
 from magnification_invariant.data.scale import check_mpp
 
 # Micrometres of the units of length that OME's schema has, and of what others write for them.
@@ -53,7 +52,7 @@ def stated_scale(file) -> StatedScale:
     Raises:
         OSError: it cannot be read as an image.
     """
-    with Image.open(file) as image:
+    with opened(file) as image:
         size = image.size
         if image.format not in ("TIFF", "MPO") and not getattr(image, "tag_v2", None):
             return StatedScale(None)

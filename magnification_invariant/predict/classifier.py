@@ -210,20 +210,19 @@ class Classifier:
         loaded = _Loaded(dict.fromkeys(COLUMNS) | {"filename": item.name, "native_mpp": item.mpp})
         row = loaded.row
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large images are what tiles are for
-                image = open_item(item.image)
-                frames = getattr(image, "n_frames", 1)
-                stated = StatedScale(check_mpp(item.mpp)) if item.mpp is not None else scale_of(item.image)
-                row["native_mpp"] = native = stated.mpp
-                image = to_rgb(image)
+            image = open_item(item.image)
+            frames = getattr(image, "n_frames", 1)
+            stated = StatedScale(check_mpp(item.mpp)) if item.mpp is not None else scale_of(item.image)
+            row["native_mpp"] = native = stated.mpp
+            notes = [stated.note] * bool(stated.note)
+            image = to_rgb(image, notes)
             row["width"], row["height"] = image.size
             row["apparent_mpp"] = apparent_mpp(image)
             if strict and native and self.mpp_range and native > self._coarsest:
                 raise ValueError(self._coarser(native))
             loaded.view, mpp = self.view_of(image, native, view, stated.note)
             row["mpp"], row["filled"] = (mpp if native else None), loaded.view.filled
-            row["warning"] = "; ".join([stated.note] * bool(stated.note) + [*self._doubts(row, native, frames)]) or None
+            row["warning"] = "; ".join([*notes, *self._doubts(row, native, frames)]) or None
         except Exception as error:  # Pillow raises whatever its decoders do; one bad file must not stop the others
             row["error"], loaded.view = str(error) or type(error).__name__, None
         return loaded

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -146,13 +147,20 @@ def _to_parquet(tables: Iterable[pa.Table], path: Path) -> None:
 
 
 def _to_csv(tables: Iterable[pa.Table], path: Path) -> None:
-    """Lists are JSON in their cells."""
+    """Lists are JSON in their cells. No text begins as a spreadsheet's formula does (``= + - @``, tab, return): file
+    names get ``./`` before them, which is the same file, and other texts an apostrophe."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, SCHEMA.names)
         writer.writeheader()
         for table in tables:
             for row in table.to_pylist():
-                writer.writerow({k: json.dumps(v) if isinstance(v, list) else v for k, v in row.items()})
+                writer.writerow({name: _cell(name, value) for name, value in row.items()})
+
+
+def _cell(name: str, value: Any) -> Any:
+    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return f"./{value}" if name == "filename" else f"'{value}"
+    return json.dumps(value) if isinstance(value, list) else value
 
 
 def _to_json(tables: Iterable[pa.Table], path: Path) -> None:

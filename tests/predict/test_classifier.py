@@ -1,14 +1,22 @@
 """One image and many: scale first, then tiles, probability, signature; and whatever people hand in."""
 
+import io
+import os
+
+import datasets
 import numpy as np
 import pytest
+import tifffile
 import torch
+from datasets import Dataset
 from PIL import Image
 from scipy.special import softmax
 
+from magnification_invariant.data.images import to_rgb
 from magnification_invariant.data.views import show
 from magnification_invariant.model_folder import logits_of
 from magnification_invariant.predict import Classifier, Item, check_mpp
+from magnification_invariant.predict.inputs import open_item
 from magnification_invariant.virtual_slides import render_field, virtual_field
 
 
@@ -172,9 +180,12 @@ def write(folder, kind):
     if kind == "float.tif":
         Image.fromarray(grey.astype(np.float32)).save(path)
         return "no known range"
-    if kind == "bomb.png":
-        Image.new("1", (20_000, 10_000)).save(path)
-        return "decompression bomb"
+    if kind == "huge.png":
+        Image.new("1", (40_000, 30_000)).save(path)
+        return "more than the 1,000,000,000 that are decoded at once: cut it into fields"
+    if kind == "pipe.png":
+        os.mkfifo(path)
+        return "no regular file"
     if kind == "grey16.png":
         Image.fromarray(grey.astype(np.uint16) * 257).save(path)
     elif kind == "cmyk.jpg":
@@ -186,7 +197,17 @@ def write(folder, kind):
     return None
 
 
-KINDS = ["text.png", "empty.png", "truncated.png", "pixel.png", "float.tif", "bomb.png", "grey16.png", "cmyk.jpg"]
+KINDS = [
+    "text.png",
+    "empty.png",
+    "truncated.png",
+    "pixel.png",
+    "float.tif",
+    "huge.png",
+    "pipe.png",
+    "grey16.png",
+    "cmyk.jpg",
+]
 KINDS += ["alpha.png", "animated.gif"]
 
 
@@ -198,10 +219,79 @@ def test_whatever_is_handed_in(classifier, tmp_path, kind):
         assert message in row["error"] and row["probability"] is None
         return
     assert row["error"] is None
-    expected = only(classifier.predict(tissue(0.5).convert("L" if kind == "grey16.png" else "RGB"), 0.5))
-    if kind in ("grey16.png", "alpha.png"):  # the upper 8 bits; the colours without their transparency
-        np.testing.assert_allclose(row["logits"], expected["logits"], atol=1e-5)
+    expected = tissue(0.5).convert("L" if kind == "grey16.png" else "RGB")
+    if kind == "alpha.png":  # on white, as a viewer shows it
+        expected = Image.blend(Image.new("RGB", expected.size, "white"), expected, 128 / 255)
+    expected = only(classifier.predict(expected, 0.5))
+    if kind in ("grey16.png", "alpha.png"):
+        np.testing.assert_allclose(row["logits"], expected["logits"], atol=1e-2 if kind == "alpha.png" else 1e-5)
     assert (row["warning"] == "it has 2 frames, the first was taken") == (kind == "animated.gif")
+
+
+def shown(path) -> tuple[np.ndarray, list[str]]:
+    notes: list[str] = []
+    return np.asarray(to_rgb(open_item(path), notes)), notes
+
+
+@pytest.mark.parametrize("bits", [10, 12, 14, 16])
+def test_values_of_a_camera_are_scaled_by_their_own_depth(tmp_path, bits):
+    grey = np.asarray(tissue(0.5).convert("L")).astype(np.uint16)
+    grey[0, 0] = 255
+    tifffile.imwrite(tmp_path / "grey.tif", grey << (bits - 8))
+    pixels, notes = shown(tmp_path / "grey.tif")
+    assert np.array_equal(pixels[..., 0], grey) and (f"taken to have {bits}" in " ".join(notes)) == (bits < 16)
+    rgb = np.asarray(tissue(0.5)).astype(np.uint16)
+    rgb[0, 0] = 255
+    tifffile.imwrite(tmp_path / "rgb.tif", rgb << (bits - 8), photometric="rgb")
+    assert np.array_equal(shown(tmp_path / "rgb.tif")[0], rgb)
+    tag = [(281, "H", 1, 2**bits - 1, True)]  # dark, and its depth is stated
+    tifffile.imwrite(tmp_path / "dark.tif", grey, extratags=tag)
+    pixels, notes = shown(tmp_path / "dark.tif")
+    assert np.array_equal(pixels[..., 0], grey >> (bits - 8)) and not notes
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_where_zero_is_white_values_are_inverted(tmp_path, dtype):
+    grey = np.asarray(tissue(0.5).convert("L")).astype(dtype) * (257 if dtype == np.uint16 else 1)
+    tifffile.imwrite(tmp_path / "a.tif", grey, photometric="miniswhite")
+    assert np.array_equal(shown(tmp_path / "a.tif")[0][..., 0], 255 - np.asarray(tissue(0.5).convert("L")))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_white(tmp_path, mode):
+    rgba = tissue(0.5).convert("RGBA")
+    rgba.paste((0, 0, 0, 0), (0, 0, 80, 128))
+    picture = rgba.convert(mode) if mode != "P" else rgba.quantize(64)
+    picture.save(tmp_path / "a.png")
+    pixels, _ = shown(tmp_path / "a.png")
+    assert (pixels[:, :79] == 255).all() and pixels[:, 81:].min() < 200
+
+
+def test_a_part_that_is_missing_and_a_field_of_one_colour_are_said(classifier, tmp_path):
+    pixels = np.asarray(tissue(0.5)).copy()
+    pixels[70:] = 128
+    (row,) = classifier.iterate([Item("cut", pixels, 0.5)])
+    assert "lowest 45% of it are of exactly one colour" in row["warning"]
+    for size, colour in (((100, 100), (0, 0, 0)), ((250, 170), (240, 235, 242)), ((300, 200), (255, 255, 255))):
+        row = only(list(classifier.iterate([Item("flat", Image.new("RGB", size, colour), 0.5)])))
+        assert row["error"] is None and "no tissue" in row["warning"]
+
+
+def test_what_people_hold_in_their_hands(classifier, tmp_path):
+    """Tensors, bytes and open files say what the file says, its scale too; else one sentence says what is taken."""
+    path = tmp_path / "a.tif"
+    tissue(0.5).save(path, resolution=(20_000, 20_000), resolution_unit=3)
+    wanted = only(classifier.predict(path))
+    table = Dataset.from_dict({"image": [str(path)]}).cast_column("image", datasets.Image())
+    for given in (path.read_bytes(), io.BytesIO(path.read_bytes()), open(path, "rb"), Image.open(path), table):  # noqa: SIM115
+        row = only(classifier.predict(given))
+        assert row["native_mpp"] == pytest.approx(0.5) and row["logits"] == wanted["logits"]
+    pixels = torch.from_numpy(np.asarray(tissue(0.5)).copy())
+    for tensor in (pixels, pixels.permute(2, 0, 1)):
+        assert only(classifier.predict(tensor, 0.5))["logits"] == wanted["logits"]
+    for nothing in (None, [None], [{}]):
+        with pytest.raises(ValueError, match="is no image: give a path, folder or pattern, the bytes of a file"):
+            classifier.predict(nothing, 0.5)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import multiprocessing
 import os
 import resource
 
@@ -13,6 +14,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from magdg import main
+from magnification_invariant.files import Busy, locked
 from magnification_invariant.predict import Classifier, items_of, predict_to_file
 from magnification_invariant.predict import tables as predictions
 
@@ -52,11 +54,49 @@ def test_every_format_says_the_same(classifier, pictures, tmp_path):
         for row, text in zip(rows, csv.DictReader(file), strict=True):
             assert text["probability"] == ("" if row["error"] else repr(row["probability"]))
             assert row["error"] or json.loads(text["signature"]) == row["signature"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.csv", "out.json", "out.parquet"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".lock") == [
+        "out.csv",
+        "out.json",
+        "out.parquet",
+    ]
     direct = classifier.predict(pictures, 0.5)
     assert [row["probability"] for row in rows] == pytest.approx([row["probability"] for row in direct], abs=1e-6)
     with pytest.raises(ValueError, match=r"not as out\.txt"):
         predict_to_file(classifier, items, tmp_path / "out.txt")
+
+
+def test_names_are_no_formulas_and_need_not_be_utf8(classifier, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    picture = Image.fromarray(np.random.default_rng(0).integers(60, 256, (72, 84, 3), dtype=np.uint8))
+    for name in (b"=1+1.png", b"+a.png", b"@b.png", b"-c.png", b"\tb.png", b"\xe4.png"):
+        with open(name, "wb") as file:
+            picture.save(file, "PNG")
+    items = items_of(sorted(path.name for path in tmp_path.iterdir()), 0.5)
+    predict_to_file(classifier, items, tmp_path / "out.csv")
+    with open(tmp_path / "out.csv", newline="", encoding="utf-8") as file:
+        names = [row["filename"] for row in csv.DictReader(file)]
+    assert sorted(names) == sorted(["./=1+1.png", "./+a.png", "./@b.png", "./-c.png", "./\tb.png", "\\xe4.png"])
+    assert all(os.path.isfile(name) for name in names if "xe4" not in name)
+
+
+def test_two_processes_do_not_mix_their_tables(classifier, pictures, tmp_path):
+    out = tmp_path / "out.parquet"
+    context = multiprocessing.get_context("fork")
+    there, done = context.Event(), context.Event()
+
+    def hold():
+        with locked(out):
+            there.set()
+            done.wait(60)
+
+    holder = context.Process(target=hold)
+    holder.start()
+    assert there.wait(60)
+    with pytest.raises(Busy, match=r"out\.parquet is being written by another process .*since 20"):
+        predict_to_file(classifier, items_of(pictures, 0.5), out)
+    done.set()
+    holder.join()
+    assert predict_to_file(classifier, items_of(pictures, 0.5), out).images == 10
 
 
 def test_a_cut_run_goes_on_where_it_stopped(classifier, pictures, tmp_path, monkeypatch):
@@ -99,7 +139,7 @@ def test_no_space_left(classifier, pictures, tmp_path):
     items, out = items_of(pictures, 0.5), tmp_path / "out.parquet"
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
-        with pytest.raises(OSError, match="make room and start the same command again"):
+        with pytest.raises(OSError, match=r"cannot write .*make room"):
             predict_to_file(classifier, items, out)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -165,7 +205,8 @@ def test_two_processes_share_the_shards(classifier, tiny_model, pictures, tmp_pa
     debug_launcher(share, ([*arguments, "--out", str(tmp_path / "two.parquet")], tmp_path), num_processes=2)
     AcceleratorState._reset_state(reset_partial_state=True)
     # the damaged file is reported by the first process
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["process0of2: 1", "process1of2: 0", "two.parquet"]
+    names = sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".lock")
+    assert names == ["process0of2: 1", "process1of2: 0", "two.parquet"]
     predict_to_file(classifier, items_of(pictures, 0.5), tmp_path / "one.parquet")
     one, two = rows_of(tmp_path / "one.parquet"), rows_of(tmp_path / "two.parquet")
     assert [row["filename"] for row in one] == [row["filename"] for row in two]
