@@ -73,7 +73,7 @@ def items_of(images, mpp: float | Sequence[float] | None = None, *, image_column
         known = [None if each is None or math.isnan(each) else each for each in known]
         items = [Item(str(name), (encoded, i), known[i]) for i, name in enumerate(names)]
     else:
-        one = images is None or isinstance(images, _ONE) or hasattr(images, "detach")
+        one = images is None or isinstance(images, _ONE) or hasattr(images, "cpu")
         items = []
         for image in [images] if one else images:
             if isinstance(image, str | Path):
@@ -96,7 +96,7 @@ def open_item(image) -> Image.Image:
         ValueError: an array that is no picture, or no pixels.
         OSError: not an image.
     """
-    if hasattr(image, "detach"):  # a tensor
+    if hasattr(image, "cpu"):  # a tensor
         image = image.detach().cpu().numpy()
         if image.ndim == 3 and image.shape[0] in (1, 3, 4) and image.shape[2] not in (3, 4):
             image = image.transpose(1, 2, 0).squeeze()

@@ -247,7 +247,7 @@ def test_values_of_a_camera_are_scaled_by_their_own_depth(tmp_path, bits):
     tag = [(281, "H", 1, 2**bits - 1, True)]  # dark, and its depth is stated
     tifffile.imwrite(tmp_path / "dark.tif", grey, extratags=tag)
     pixels, notes = shown(tmp_path / "dark.tif")
-    assert np.array_equal(pixels[..., 0], grey >> (bits - 8)) and not notes
+    assert np.array_equal(pixels[..., 0], grey >> (bits - 8)) and "taken to have" not in " ".join(notes)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
