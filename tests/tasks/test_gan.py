@@ -25,6 +25,10 @@ CONFIG = FitConfig(epochs=1, image_size=16, stain=0.0, log_every=1, **FIT | {"ba
 NAMES = ["benign", "malignant"], ["40X", "100X"]
 
 
+def normalised(x):
+    return (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
 def make_data(images):
     cache = PixelCache.__new__(PixelCache)
     cache.pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
@@ -93,7 +97,7 @@ def test_each_player_moves_only_itself_by_adams_steps(data):
 def test_losses_are_goodfellows(data):
     gan = make_gan()
     target, domain = torch.tensor([0, 1, 1, 0]), torch.tensor([0, 0, 1, 1])
-    input = engine.normalise(torch.rand(4, 3, 16, 16))
+    input = normalised(torch.rand(4, 3, 16, 16))
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
 
     def discriminate(x):
@@ -159,7 +163,7 @@ def test_a_quarter_of_the_batch_is_generated_with_its_class_and_domain(size):
     assert torch.equal(images[3:], input[3:])
     generated = (task.generator(noise, *condition) + 1) / 2
     generated = F.interpolate(generated, (size, size), mode="bilinear", antialias=True)
-    assert torch.allclose(images[:3], engine.normalise(generated), atol=1e-5)
+    assert torch.allclose(images[:3], normalised(generated), atol=1e-5)
     # In eval mode while the model trains, and frozen.
     assert task.model.training and not task.generator.training
     assert all(torch.equal(before[k], v) for k, v in task.generator.state_dict().items())
