@@ -134,8 +134,8 @@ def _opened(file: str | os.PathLike | BinaryIO) -> Image.Image:
         pixels = sys.maxsize
     if pixels > MOST_PIXELS:
         raise ValueError(
-            f"it has more than {MOST_PIXELS:,} pixels, the most that this machine's memory is trusted with: cut it into "
-            "parts, or set MAGDG_MAX_PIXELS to a larger number"
+            f"it has more than {MOST_PIXELS:,} pixels, the most that this machine's memory is trusted with: cut it "
+            "into parts, or set MAGDG_MAX_PIXELS to a larger number"
         )
     return image
 

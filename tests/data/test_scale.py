@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
-from PIL import Image, TiffImagePlugin
+from PIL import Image
 
 from magnification_invariant.data.breakhis import MPP, load_breakhis
-from magnification_invariant.data.scale import digital_zoom, read_mpp, rescale
+from magnification_invariant.data.scale import digital_zoom, rescale
 
 
 def grating(period: float, width=300, height=200) -> Image.Image:
@@ -111,42 +111,3 @@ def test_digital_zoom_keeps_the_other_columns(breakhis_tree):
     zoomed = digital_zoom(ds, (40, 100))
     assert zoomed.column_names == [*ds.column_names, "rescaled"]
     assert zoomed["patient"][:] == ds["patient"][:] * 2 and zoomed.features["label"] == ds.features["label"]
-
-
-def tiff(path, description=None, resolution=None, unit=2):
-    info = TiffImagePlugin.ImageFileDirectory_v2()
-    if description:
-        info[270] = description
-    if resolution:
-        info[282], info[283], info[296] = *resolution, unit
-    grating(16).save(path, tiffinfo=info)
-    return path
-
-
-OME = '<OME><Image><Pixels PhysicalSizeX="{}" PhysicalSizeY="{}" {}/></Image></OME>'
-
-
-@pytest.mark.parametrize(
-    ("arguments", "mpp"),
-    [
-        ({"resolution": (101_600.0, 101_600.0)}, 0.25),  # per inch
-        ({"resolution": (20_000.0, 20_000.0), "unit": 3}, 0.5),  # per centimetre
-        ({"resolution": (20_000.0, 5_000.0), "unit": 3}, 1.0),  # not square: the geometric mean
-        ({"resolution": (20_000.0, 20_000.0), "unit": 1}, None),  # no unit
-        ({"resolution": (72.0, 72.0)}, None),  # what editors write
-        ({"description": OME.format(0.325, 0.325, "")}, 0.325),
-        ({"description": OME.format(250, 250, 'PhysicalSizeXUnit="nm" PhysicalSizeYUnit="nm"')}, 0.25),
-        ({"description": OME.format(1, 1, 'PhysicalSizeXUnit="pixel" PhysicalSizeYUnit="pixel"')}, None),
-        ({"description": OME.format(0.5, 0.5, ""), "resolution": (72.0, 72.0)}, 0.5),
-        ({"description": "Aperio Image|AppMag = 20|MPP = 0.4990"}, 0.499),
-        ({}, None),
-    ],
-)
-def test_the_scale_that_a_file_states(tmp_path, arguments, mpp):
-    found = read_mpp(tiff(tmp_path / "x.tif", **arguments))
-    assert found == (mpp if mpp is None else pytest.approx(mpp))
-
-
-def test_a_png_states_none(tmp_path):
-    grating(16).save(tmp_path / "x.png", dpi=(72, 72))
-    assert read_mpp(tmp_path / "x.png") is None

@@ -109,12 +109,6 @@ def test_a_scale_ten_times_wrong_is_seen_in_the_pixels(classifier, mpp):
     assert sum(right) == 0 and sum(coarser) >= 3 and sum(finer) >= 3
 
 
-def test_too_little_to_tell_a_scale_from(classifier):
-    blank = Image.new("RGB", (300, 300), (240, 235, 242))
-    assert only(classifier.predict(blank, 0.5))["apparent_mpp"] is None
-    assert only(classifier.predict(tissue(0.5, (40, 40)), 0.5))["apparent_mpp"] is None
-
-
 def test_the_scale_of_a_tiff_is_read_from_it(classifier, tmp_path):
     tissue(0.5).save(tmp_path / "a.tif", resolution=(20_000, 20_000), resolution_unit=3)  # pixels a centimetre
     tissue(0.5).save(tmp_path / "b.png")
@@ -152,75 +146,11 @@ def test_one_scale_an_image_or_one_for_all(classifier):
         classifier.predict([tissue(0.5)] * 2, [0.5, 0.1, 0.2])
 
 
-def write(folder, kind):
-    """A file of a kind that people have, and what is to be said of it (None: it is predicted)."""
-    rgb, path = np.asarray(tissue(0.5)), folder / kind
-    grey = np.asarray(tissue(0.5).convert("L"))
-    if kind == "text.png":
-        path.write_text("not an image")
-        return "cannot identify image file"
-    if kind == "empty.png":
-        path.write_bytes(b"")
-        return "cannot identify image file"
-    if kind == "truncated.png":
-        tissue(0.5).save(path)
-        path.write_bytes(path.read_bytes()[:9000])
-        return "truncated"
-    if kind == "pixel.png":
-        Image.new("RGB", (1, 1)).save(path)
-        return "the field is too small"
-    if kind == "float.tif":
-        Image.fromarray(grey.astype(np.float32)).save(path)
-        return "no known range"
-    if kind == "bomb.png":
-        Image.new("1", (20_000, 10_000)).save(path)
-        return "decompression bomb"
-    if kind == "grey16.png":
-        Image.fromarray(grey.astype(np.uint16) * 257).save(path)
-    elif kind == "cmyk.jpg":
-        tissue(0.5).convert("CMYK").save(path, quality=95)
-    elif kind == "alpha.png":
-        Image.fromarray(np.dstack([rgb, np.full(rgb.shape[:2], 128, np.uint8)])).save(path)
-    elif kind == "animated.gif":
-        tissue(0.5).save(path, save_all=True, append_images=[tissue(0.5, patient=1)])
-    return None
-
-
-KINDS = ["text.png", "empty.png", "truncated.png", "pixel.png", "float.tif", "bomb.png", "grey16.png", "cmyk.jpg"]
-KINDS += ["alpha.png", "animated.gif"]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_whatever_is_handed_in(classifier, tmp_path, kind):
-    message = write(tmp_path, kind)
-    row = only(list(classifier.iterate([Item(kind, tmp_path / kind, 0.5)])))
-    if message:
-        assert message in row["error"] and row["probability"] is None
-        return
-    assert row["error"] is None
-    expected = only(classifier.predict(tissue(0.5).convert("L" if kind == "grey16.png" else "RGB"), 0.5))
-    if kind in ("grey16.png", "alpha.png"):  # the upper 8 bits; the colours without their transparency
-        np.testing.assert_allclose(row["logits"], expected["logits"], atol=1e-5)
-    assert (row["warning"] == "it has 2 frames, the first was taken") == (kind == "animated.gif")
-
-
 @pytest.mark.slow
 def test_a_hundred_megapixels(classifier, tmp_path):
     Image.effect_noise((10_000, 10_000), 30).convert("RGB").save(tmp_path / "large.jpg")
     row = only(classifier.predict(tmp_path / "large.jpg", 0.1))
     assert (row["width"], row["mpp"], row["tiles"]) == (10_000, 0.8, 20**2)
-
-
-def test_arrays_that_are_no_pictures(classifier):
-    for array in (np.zeros((0, 0, 3), np.uint8), np.zeros((0, 5), np.uint8)):
-        with pytest.raises(ValueError, match="no pixels"):
-            classifier.predict(array, 0.5)
-    for array in (np.zeros((64, 64, 3)), np.zeros((3, 64, 64), np.uint8)):
-        with pytest.raises(ValueError, match="must be"):
-            classifier.predict(array, 0.5)
-    grey = np.full((64, 64), 40_000, np.uint16)
-    eight = np.full((64, 64), 156, np.uint8)
-    assert only(classifier.predict(grey, 0.5))["logits"] == only(classifier.predict(eight, 0.5))["logits"]
 
 
 def test_folders_patterns_and_what_is_not_there(classifier, tmp_path):
