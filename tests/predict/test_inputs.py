@@ -45,7 +45,7 @@ HELD = {
     "bytes": lambda path: path.read_bytes(),
     "bytearray": lambda path: bytearray(path.read_bytes()),
     "BytesIO, read to its end": lambda path: (lambda file: file.read() and file)(io.BytesIO(path.read_bytes())),
-    "open file": lambda path: open(path, "rb"),
+    "open file": lambda path: path.open("rb"),
     "PIL image": Image.open,
     "array": lambda path: PIXELS,
     "array, colours first": lambda path: PIXELS.transpose(2, 0, 1),
@@ -72,7 +72,7 @@ def test_whatever_holds_an_image(path, kind):
 )
 def test_what_is_no_image_is_said_in_one_sentence(path, wrong):
     wrong = [path, *wrong[1:]] if isinstance(wrong, list) and wrong[0] == "a" else wrong
-    with pytest.raises((ValueError, FileNotFoundError), match="what is taken is a path, a folder|no file, no pattern"):
+    with pytest.raises((ValueError, FileNotFoundError), match=r"what is taken is a path, a folder|no file, no pattern"):
         items_of(wrong)
 
 
