@@ -34,7 +34,7 @@ def apparent_mpp(image: Image.Image) -> float | None:
     left, top = max(0, (image.width - _SIDE) // 2), max(0, (image.height - _SIDE) // 2)
     middle = image.crop((left, top, min(image.width, left + _SIDE), min(image.height, top + _SIDE)))
     ink = -np.log((np.asarray(middle, np.float32) + 1) / 256) @ _HAEMATOXYLIN
-    if np.ptp(ink) < _LEAST_CONTRAST:
+    if np.ptp(ink) < _LEAST_CONTRAST:  # also what has too few values for a histogram
         return None
     dark = ink > _otsu(ink)
     if dark.all() or not dark.any() or ink[dark].mean() - ink[~dark].mean() < _LEAST_CONTRAST:

@@ -1,18 +1,41 @@
-"""Images as they are stored: opened, sized and turned to 8-bit RGB the same way everywhere."""
+"""Images as they are stored: opened, sized and turned to 8-bit RGB the same way everywhere.
 
+Importing this raises Pillow's limit of pixels (`Image.MAX_IMAGE_PIXELS`) to `MOST_PIXELS`: whole fields are large.
+What a decoder gives no sign of cannot be found: flipped bits in JPEG or WebP can be other pixels without a word.
+"""
+
+import bisect
 import io
 import os
-import threading
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp"}
 Encoded = tuple[str | None, bytes | None]  # path and bytes of an image as `datasets` stores it: the one, other or both
+
+
+def _most_pixels() -> int:
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 8 << 30
+    return int(os.environ.get("MAGDG_MAX_PIXELS") or memory // 32)
+
+
+MOST_PIXELS = _most_pixels()
+"""Of an image that is opened: ``MAGDG_MAX_PIXELS``, else one for every 32 bytes of memory (of 8 GB, 268 million)."""
+
+if Image.MAX_IMAGE_PIXELS is not None:
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, MOST_PIXELS)
+
+_DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras give
+_LEAST_BAND = 0.1  # of the height: as many lines of one colour at the bottom are said
+_TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM}
+_TURNS |= {5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE}
+_TURNS |= {8: Image.Transpose.ROTATE_90}
 
 
 def image_files(folder: str | os.PathLike) -> list[Path]:
@@ -83,7 +106,7 @@ class EncodedImages:
         return len(self._rows)
 
     def __getitem__(self, i: int) -> Encoded:
-        image = self._rows[int(i)][self._column]
+        image = self._rows[int(i)][self._column] or {"path": None, "bytes": None}
         return image["path"], image["bytes"]
 
 
@@ -113,8 +136,33 @@ def opened(file: Any) -> Image.Image:
 
 
 def open_image(encoded: Encoded) -> Image.Image:
+    """An image, not yet decoded.
+
+    Raises:
+        ValueError: There is none, or no regular file (whoever opens a named pipe may wait for ever), or it has more
+            than `MOST_PIXELS`.
+        OSError: It cannot be read, or is not an image.
+    """
     path, content = encoded
-    return opened(path if content is None else io.BytesIO(content))
+    if path is None and content is None:
+        raise ValueError("there is no image")
+    if content is None and os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{printable(path)} is not a regular file")
+    return _opened(path if content is None else io.BytesIO(content))
+
+
+def _opened(file: str | os.PathLike | BinaryIO) -> Image.Image:
+    try:
+        image = Image.open(file)
+        pixels = image.width * image.height
+    except Image.DecompressionBombError:
+        pixels = sys.maxsize
+    if pixels > MOST_PIXELS:
+        raise ValueError(
+            f"it has more than {MOST_PIXELS:,} pixels, the most that this machine's memory is trusted with: cut it "
+            "into parts, or set MAGDG_MAX_PIXELS to a larger number"
+        )
+    return image
 
 
 def name_of(encoded: Encoded) -> str:
@@ -132,75 +180,115 @@ def shown_size(image: Image.Image) -> tuple[int, int]:
 
 
 def to_rgb(image: Image.Image, notes: list[str] | None = None) -> Image.Image:
-    """8-bit RGB as a viewer shows it: turned as EXIF asks for, on white where it is transparent, of frames the first.
+    """8-bit RGB as a viewer shows it: turned as EXIF asks for, transparency on white, of several frames the first.
 
-    Grey values of 10, 12 or 14 bits in 16 are scaled by their own depth (`bit_depth`), and inverted where TIFF's
-    photometric interpretation says that 0 is white.
+    Of 16 bits the upper 8 are kept; of 10, 12 or 14 bits in 16, the upper 8 of those, see `eight_bits`.
 
     Args:
-        image: Of any mode.
-        notes: Gets what must be said of the picture: a depth that was guessed, a part that may be missing.
+        image: Opened by Pillow.
+        notes: What is doubtful about the pixels is added to it.
 
     Raises:
-        ValueError: values have no known range (32-bit integers, floating point).
+        ValueError: Values have no known range (32-bit integers, floating point).
     """
     notes = [] if notes is None else notes
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        image = ImageOps.exif_transpose(image)
+    lower = _lower_bytes(image)
+    image.load()
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    _check_range(image)
     if image.mode.startswith("I;16"):
-        image = _grey16(image, notes)
-    elif tuple(getattr(image, "tag_v2", {}).get(_BITS, ())) == (16, 16, 16):
-        image = _rgb16(image, notes)
+        image = _grey(image, notes)
+    elif lower and max(high for _, high in image.getextrema()[:3]) < 64:
+        values = np.asarray(image).astype(np.uint16) << 8 | np.asarray(lower)
+        parts = eight_bits(values[..., :3], notes), eight_bits(values[..., 3:], [])  # colours, and transparency
+        image = Image.fromarray(np.concatenate(parts, axis=2))
+    image = _on_white(image, notes)
+    _note_band(image, notes)
+    return image if turn is None else image.transpose(turn)
+
+
+def _check_range(image: Image.Image) -> None:
     if image.mode in ("I", "F"):
         raise ValueError(f"values of mode {image.mode!r} have no known range; store the image with 8 or 16 bits")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image if image.mode == "RGB" else image.convert("RGB")
-    notes += _missing_part(np.asarray(image))
-    return image
 
 
-_BITS, _PHOTOMETRIC, _MOST_VALUE, _MOST_SAMPLE = 258, 262, 281, 341  # tags of TIFF
+def eight_bits(values: np.ndarray, notes: list[str], highest: int = 0) -> np.ndarray:
+    """The upper 8 of the bits that uint16 values use, as uint8; fewer than 16 are noted.
+
+    Args:
+        values: Of any shape.
+        notes: See `to_rgb`.
+        highest: What the file says is the highest value that can be; 0 if it does not, and the maximum of the values
+            tells, to the next of 8, 10, 12, 14 and 16 bits.
+    """
+    most = int(values.max(initial=0))
+    bits = next(depth for depth in _DEPTHS if max(most, highest) >> depth == 0) if most else 16
+    if bits < 16:
+        how = "as it says" if highest else f"by their maximum of {most}"
+        notes.append(f"its 16-bit values have {bits} bits, {how}, and are shown so")
+    return (values >> bits - 8).astype(np.uint8)
 
 
-def bit_depth(values: np.ndarray, stated: Any, notes: list[str]) -> int:
-    """Bits that 16-bit values use: by TIFF's tag of the largest, else the fewest of 10, 12, 14, 16 that hold them."""
-    largest = int(max(stated)) if isinstance(stated, tuple) and stated else int(stated or 0)
-    bits = next((bits for bits in (10, 12, 14) if (largest or int(values.max(initial=0))) < 2**bits), 16)
-    if bits < 16 and not largest:
-        notes.append(f"its largest value is {values.max(initial=0)} of 16 bits: it is taken to have {bits}")
-    return bits
+def _grey(image: Image.Image, notes: list[str]) -> Image.Image:
+    """Of 16 bits; TIFF's "white is zero", which Pillow inverts in 8 bits only, is inverted."""
+    tags = getattr(image, "tag_v2", {})
+    said = [tags.get(tag) for tag in (281, 341)]  # MaxSampleValue, SMaxSampleValue
+    said = [int(np.max(value)) for value in said if value is not None]
+    bits = int(np.max(tags.get(258, 16)))  # BitsPerSample
+    values = np.asarray(image)
+    grey = eight_bits(values, notes, max([*said, (1 << bits) - 1 if bits < 16 else 0]))
+    if tags.get(262) == 0:
+        grey = 255 - grey
+    if isinstance(clear := image.info.get("transparency"), int):
+        grey[values == clear] = 255
+    return Image.fromarray(grey)
 
 
-def _grey16(image: Image.Image, notes: list[str]) -> Image.Image:
-    tags, values = getattr(image, "tag_v2", {}), np.asarray(image).astype(np.uint16)
-    bits = bit_depth(values, tags.get(_MOST_SAMPLE) or tags.get(_MOST_VALUE), notes)
-    values = (values >> (bits - 8)).clip(0, 255).astype(np.uint8)
-    return Image.fromarray(255 - values if tags.get(_PHOTOMETRIC) == 0 else values)
-
-
-def _rgb16(image: Image.Image, notes: list[str]) -> Image.Image:
-    """Pillow keeps the upper 8 of 16 bits, whatever the values' depth."""
-    import tifffile
-
-    tags = image.tag_v2
+def _lower_bytes(image: Image.Image) -> Image.Image | None:
+    """Of an image of three or four times 16 bits that is not yet decoded, of which Pillow gives the upper bytes."""
+    swapped = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
+    tiles = []
+    for codec, box, offset, args in getattr(image, "tile", []):
+        raw, *rest = [args] if isinstance(args, str) else args
+        if not isinstance(raw, str) or raw[:-1] not in ("RGB;16", "RGBX;16", "RGBA;16"):
+            return None
+        raw = raw[:-1] + swapped[raw[-1]]
+        tiles.append((codec, box, offset, raw if isinstance(args, str) else (raw, *rest)))
+    if not tiles:
+        return None
+    place = image.fp.tell()
     image.fp.seek(0)
-    with tifffile.TiffFile(image.fp) as tiff:
-        values = tiff.pages[0].asarray()
-    values = np.moveaxis(values, 0, -1) if values.shape[0] == 3 and values.shape[-1] != 3 else values
-    bits = bit_depth(values, tags.get(_MOST_SAMPLE) or tags.get(_MOST_VALUE), notes)
-    return Image.fromarray((values >> (bits - 8)).clip(0, 255).astype(np.uint8))
+    lower = Image.open(io.BytesIO(image.fp.read()))
+    image.fp.seek(place)
+    lower.seek(image.tell())
+    lower.tile = [type(old)(*new) for old, new in zip(lower.tile, tiles, strict=True)]
+    return lower
 
 
-def _missing_part(pixels: np.ndarray) -> list[str]:
-    """Says where the lower part of a picture is of exactly one colour, as where a copy was cut and closed again."""
-    same = (pixels == pixels[-1, -1]).all((1, 2))
-    lines = len(same) if same.all() else int(same[::-1].argmin())
-    if lines == len(same):
-        return ["it is of one colour: there is no tissue in it"]
-    share = lines / len(same)
-    return [f"the lowest {share:.0%} of it are of exactly one colour: a part may be missing"] * (share >= 0.1)
+def _on_white(image: Image.Image, notes: list[str]) -> Image.Image:
+    if image.has_transparency_data:
+        image = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
+        if image.getextrema()[3][0] < 255:
+            notes.append("its transparent parts are shown on white")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _note_band(image: Image.Image, notes: list[str]) -> None:
+    """Decoders fill with one colour what a cut file lacks, and so do file systems."""
+    width, height = image.size
+
+    def varies(lines: int) -> bool:
+        return any(low != high for low, high in image.crop((0, height - lines, width, height)).getextrema())
+
+    if not height or varies(max(1, round(height * _LEAST_BAND))):
+        return
+    lines = bisect.bisect_left(range(1, height + 1), True, key=varies)
+    if lines == height:
+        notes.append("hardly any tissue: a field of one colour")
+    else:
+        colour = image.getpixel((0, height - 1))
+        notes.append(f"its last {lines} of {height} lines are of one colour {colour}: is a part of it missing?")
 
 
 def check(file: str | os.PathLike | BinaryIO) -> tuple[int, int]:
@@ -209,10 +297,9 @@ def check(file: str | os.PathLike | BinaryIO) -> tuple[int, int]:
     Raises:
         Exception: it is none; Pillow raises OSError, SyntaxError, ValueError, struct.error ... on damaged files.
     """
-    with opened(file) as image:
+    with _opened(file) as image:
         width, height = shown_size(image)
-        if image.mode in ("I", "F"):
-            raise ValueError(f"values of mode {image.mode!r} have no known range; store it with 8 or 16 bits")
+        _check_range(image)
         if image.format == "PNG":
             image.verify()  # checksums, no decoding
         else:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from magnification_invariant.data.images import SUFFIXES, to_rgb
+from magnification_invariant.data.images import SUFFIXES, open_image, to_rgb
 from magnification_invariant.data.scale import check_mpp
 from magnification_invariant.data.stated_scale import stated_scale
 from magnification_invariant.models.magdg import PACKAGED
@@ -34,9 +34,11 @@ SCALES = {
 }
 LIMITS = """\
 **What this is not.** A research model, not a medical device: it must not be used for diagnosis. It knows H&E of breast
-tissue and two classes; shown anything else, it still answers. It was trained on {low:.3g} to {high:.3g} micrometres per
-pixel at its input: finer images are resampled, answers to coarser ones are guesses. The map shows what the network
-used, not where a tumour is. What you upload is kept for an hour on the machine that serves this page."""
+tissue and two classes; shown anything else, it still answers. {scales} The map shows what the network used, not where a
+tumour is. What you upload is kept for an hour on the machine that serves this page."""
+_TRAINED_ON = """\
+It was trained on {:.3g} to {:.3g} micrometres per pixel at its input: finer images are resampled, answers to coarser
+ones are guesses."""
 
 
 def build(repo_or_folder: str | Path | None = None, *, index: str | Path | None = None):
@@ -53,7 +55,8 @@ def build(repo_or_folder: str | Path | None = None, *, index: str | Path | None 
 
     classifier = Classifier.from_pretrained(repo_or_folder or DEFAULT_MODEL)
     cases = SignatureIndex.load(index) if index else None
-    low, high = classifier.mpp_range or (0.02, 20.0)
+    scales = _TRAINED_ON.format(*classifier.mpp_range) if classifier.mpp_range else "It knows no scale."
+    low, high = classifier.mpp_range or (0.25, 0.5)
     with gr.Blocks(title="magnification_invariant", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown(
             f"# {classifier.config['name']}\nHow likely is {classifier.labels[POSITIVE]}, at which scale, and why?"
@@ -61,9 +64,8 @@ def build(repo_or_folder: str | Path | None = None, *, index: str | Path | None 
         with gr.Row():
             with gr.Column(scale=2):
                 file = gr.File(label="Image", file_types=sorted(SUFFIXES), elem_id="image")
-                mpp = gr.Textbox(
-                    label="Micrometres per pixel", placeholder="0.25", elem_id="mpp"
-                )  # a Number turns empty into 0
+                # a Number turns empty into 0
+                mpp = gr.Textbox(label="Micrometres per pixel", placeholder="0.25", elem_id="mpp")
                 known = gr.Dropdown(
                     list(SCALES), value=None, label="... or the magnification, if nothing better is known"
                 )
@@ -75,7 +77,7 @@ def build(repo_or_folder: str | Path | None = None, *, index: str | Path | None 
         picture = gr.Plot(show_label=False, elem_id="map")
         charts = gr.Plot(show_label=False, elem_id="charts")
         similar = gr.Gallery(label="Most similar cases", columns=5, visible=cases is not None, elem_id="similar")
-        gr.Markdown(LIMITS.format(low=low, high=high))
+        gr.Markdown(LIMITS.format(scales=scales))
         button.click(
             partial(_answer, classifier, cases),
             [file, mpp, known],
@@ -93,19 +95,18 @@ def _answer(classifier: Classifier, cases: SignatureIndex | None, path: str | No
     try:
         if not path:
             raise ValueError("Choose an image first.")
-        scale = _scale(path, mpp, known)
-        with Image.open(path) as image:
+        scale = _scale(classifier, path, mpp, known)
+        with open_image((path, None)) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(
                     f"The image has {image.width * image.height / 1e6:.0f} megapixels; this page takes "
                     f"{MOST_PIXELS / 1e6:.0f}. `magdg predict` takes larger ones."
                 )
             image = to_rgb(image)
-            image.load()  # while the file is open
         (row,) = classifier.iterate([Item(Path(path).name, path, scale)])
         if row["error"]:
             raise ValueError(row["error"])
-        curve = classifier.zoom_curve(image, scale)
+        curve = classifier.zoom_curve(image, scale) if scale and classifier.mpp_range else None
         figures = [_map_figure(classifier, image, row), _charts_figure(classifier, row, curve)]
     except Exception as error:  # whatever a damaged file makes Pillow raise
         message = (str(error) or type(error).__name__).replace(f"{Path(path or '').parent}/", "")
@@ -114,19 +115,20 @@ def _answer(classifier: Classifier, cases: SignatureIndex | None, path: str | No
     shown = {classifier.labels[POSITIVE]: probability}
     if len(classifier.labels) == 2:
         shown[classifier.labels[1 - POSITIVE]] = 1 - probability
-    lines = [f"Seen at {row['mpp']:.3g} um/px in {row['tiles']} tiles. {classifier.reliability(probability)}"]
+    seen = f"at {row['mpp']:.3g} um/px" if scale else "whole, since its scale is not known,"
+    lines = [f"Seen {seen} in {row['tiles']} tiles. {classifier.reliability(probability)}"]
     lines += [f"**Careful:** {row['warning']}."] if row["warning"] else []
     return shown, "\n\n".join(lines), *figures, _nearest(cases, classifier, path, scale)
 
 
-def _scale(path: str, mpp: str, known: str | None) -> float:
-    """Micrometres per pixel as stated on the page, else in the file."""
-    if mpp.strip():
+def _scale(classifier: Classifier, path: str, mpp: str | None, known: str | None) -> float | None:
+    """Micrometres per pixel as stated on the page, else in the file; a model that knows no scale can do without."""
+    if mpp and mpp.strip():
         return check_mpp(mpp)
     if known:
         return SCALES[known]
     stated = stated_scale(path)
-    if stated.mpp is None:
+    if stated.mpp is None and classifier.mpp_range:
         raise ValueError(
             f"The scale is not known: {stated.note or 'the file does not state it'}. Give micrometres per pixel, or "
             "choose a magnification."
@@ -151,14 +153,18 @@ def _map_figure(classifier: Classifier, image: Image.Image, row: dict):
     return figure
 
 
-def _charts_figure(classifier: Classifier, row: dict, curve: tuple[np.ndarray, np.ndarray]):
+def _charts_figure(classifier: Classifier, row: dict, curve: tuple[np.ndarray, np.ndarray] | None):
     figure, (left, right) = _figure(8, 3.2, 2)
-    left.plot(*curve, "o-", color="#d95f0e")
-    left.axvline(row["mpp"], color="0.7", lw=1)
-    left.set(xscale="log", ylim=(0, 1), xlabel="micrometres per pixel", ylabel=f"P({classifier.labels[POSITIVE]})")
-    left.set_xticks(curve[0], [f"{each:.2g}" for each in curve[0]], minor=False)
-    left.set_xticks([], minor=True)
-    left.set_title("this image at other scales", fontsize=10)
+    if curve is None:
+        left.set_axis_off()
+        left.set_title("this model knows no scale", fontsize=10)
+    else:
+        left.plot(*curve, "o-", color="#d95f0e")
+        left.axvline(row["mpp"], color="0.7", lw=1)
+        left.set(xscale="log", ylim=(0, 1), xlabel="micrometres per pixel", ylabel=f"P({classifier.labels[POSITIVE]})")
+        left.set_xticks(curve[0], [f"{each:.2g}" for each in curve[0]], minor=False)
+        left.set_xticks([], minor=True)
+        left.set_title("this image at other scales", fontsize=10)
     values = row["signature"] or []
     right.bar(range(len(values)), values, color=["#d95f0e" if value > 0 else "#2c7fb8" for value in values])
     right.axhline(0, color="0.5", lw=0.8)
@@ -169,14 +175,16 @@ def _charts_figure(classifier: Classifier, row: dict, curve: tuple[np.ndarray, n
     return figure
 
 
-def _nearest(cases: SignatureIndex | None, classifier: Classifier, path: str, mpp: float) -> list[tuple[str, str]]:
+def _nearest(
+    cases: SignatureIndex | None, classifier: Classifier, path: str, mpp: float | None
+) -> list[tuple[str, str]]:
     if cases is None:
         return []
     similar, _ = similar_cases(cases, classifier, path, mpp=mpp, k=5)
     shown = []
     for case in similar.to_pylist():
         if case["picture"] and Path(case["picture"]).is_file():
-            with Image.open(case["picture"]) as image:
+            with open_image((case["picture"], None)) as image:
                 shown.append((to_rgb(image), f"{case['label']}, {case['similarity']:.2f}"))
     return shown
 

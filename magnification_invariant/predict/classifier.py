@@ -24,7 +24,7 @@ from magnification_invariant.data.stated_scale import StatedScale
 from magnification_invariant.data.views import View, mean_over_tiles, show, tiles, view_mpp
 from magnification_invariant.engine import Network
 from magnification_invariant.model_folder import load_model, open_model
-from magnification_invariant.predict.inputs import Item, items_of, open_item, scale_of
+from magnification_invariant.predict.inputs import Item, items_of, open_item, pillow_warnings, scale_of
 from magnification_invariant.records import POSITIVE, Run
 from magnification_invariant.signatures import SignatureProjector
 
@@ -54,8 +54,8 @@ def _run_openvino(path: Path) -> Runner:
 
 
 @dataclass
-class _Loaded:
-    """An opened image on its way through the network; without pixels where that failed."""
+class Loaded:
+    """An opened image on its way through the network: its row as far as it is known, and no view where that failed."""
 
     row: dict[str, Any]
     view: View | None = None
@@ -172,10 +172,10 @@ class Classifier:
             the image by reflection; ``logits`` (mean over tiles); the calibrated ``probability`` of the positive class;
             ``prediction``; ``signature`` and ``embedding``; ``warning``; ``error``. What does not exist is None.
         """
-        loaded: list[_Loaded] = []
+        loaded: list[Loaded] = []
 
         def shown(pool: ThreadPoolExecutor) -> Iterator[np.ndarray]:
-            for image in ahead(pool, lambda item: self._load(item, view, strict), items, 2 * workers):
+            for image in ahead(pool, lambda item: self.load(item, view, strict), items, 2 * workers):
                 loaded.append(image)
                 pieces = [] if image.view is None else tiles(image.view.pixels, self.size)
                 image.view, image.row["tiles"] = None, len(pieces) or None
@@ -206,25 +206,31 @@ class Classifier:
         mpp = float(view_mpp(view, native or 1.0, min(image.size), self.size, self.base_range))
         return show(image, native or 1.0, mpp, self.size), mpp if native else float("nan")
 
-    def _load(self, item: Item, view: str | float, strict: bool) -> _Loaded:
-        loaded = _Loaded(dict.fromkeys(COLUMNS) | {"filename": item.name, "native_mpp": item.mpp})
-        row = loaded.row
+    def load(self, item: Item, view: str | float = "normalised", strict: bool = False) -> Loaded:
+        """Opens an item and shows it, see `iterate`; what goes wrong is the row's error."""
+        loaded = Loaded(dict.fromkeys(COLUMNS) | {"filename": item.name, "native_mpp": item.mpp})
+        row, notes = loaded.row, []
         try:
-            image = open_item(item.image)
-            frames = getattr(image, "n_frames", 1)
-            stated = StatedScale(check_mpp(item.mpp)) if item.mpp is not None else scale_of(item.image)
-            row["native_mpp"] = native = stated.mpp
-            notes = [stated.note] * bool(stated.note)
-            image = to_rgb(image, notes)
+            with pillow_warnings(notes):
+                image = open_item(item.image, notes)
+                frames = getattr(image, "n_frames", 1)
+                stated = StatedScale(check_mpp(item.mpp)) if item.mpp is not None else scale_of(item.image)
+                row["native_mpp"] = native = stated.mpp
+                image = to_rgb(image, notes)
             row["width"], row["height"] = image.size
             row["apparent_mpp"] = apparent_mpp(image)
             if strict and native and self.mpp_range and native > self._coarsest:
                 raise ValueError(self._coarser(native))
             loaded.view, mpp = self.view_of(image, native, view, stated.note)
             row["mpp"], row["filled"] = (mpp if native else None), loaded.view.filled
-            row["warning"] = "; ".join([*notes, *self._doubts(row, native, frames)]) or None
+            notes = [stated.note] * bool(stated.note) + notes + [*self._doubts(row, native, frames)]
+            row["warning"] = "; ".join(notes) or None
         except Exception as error:  # Pillow raises whatever its decoders do; one bad file must not stop the others
-            row["error"], loaded.view = str(error) or type(error).__name__, None
+            text = str(error) or type(error).__name__
+            row["error"], loaded.view = (
+                text.encode("utf-8", "backslashreplace").decode(),
+                None,
+            )  # names in it may be odd
         return loaded
 
     @property

@@ -9,11 +9,10 @@ import numpy as np
 import torch
 
 from magnification_invariant import metrics
-from magnification_invariant.data.images import to_rgb
 from magnification_invariant.data.views import tiles
 from magnification_invariant.files import whole
 from magnification_invariant.predict.classifier import ONNX_FILE, Classifier
-from magnification_invariant.predict.inputs import Item, open_item
+from magnification_invariant.predict.inputs import Item
 from magnification_invariant.records import POSITIVE
 
 TOLERANCE = 1e-3  # of a logit, as a share of the largest
@@ -123,8 +122,10 @@ def _tiles(classifier: Classifier, items: list[Item]) -> np.ndarray:
     """The first `TILES` that the network would see of `items`, as the classifier cuts them."""
     seen: list[np.ndarray] = []
     for item in items:
-        image = to_rgb(open_item(item.image))
-        seen.extend(tiles(classifier.view_of(image, item.mpp)[0].pixels, classifier.size))
+        loaded = classifier.load(item)
+        if loaded.view is None:
+            raise ValueError(f"{item.name} cannot calibrate: {loaded.row['error']}")
+        seen.extend(tiles(loaded.view.pixels, classifier.size))
         if len(seen) >= TILES:
             break
     if len(seen) < 16:

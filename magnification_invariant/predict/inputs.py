@@ -4,19 +4,25 @@ import glob
 import io
 import math
 import os
-from collections.abc import Iterable, Sequence
+import threading
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from magnification_invariant.data.images import EncodedImages, bit_depth, image_files, open_image, opened, printable
+from magnification_invariant.data.images import EncodedImages, eight_bits, image_files, open_image, printable
 from magnification_invariant.data.scale import check_mpp
 from magnification_invariant.data.stated_scale import StatedScale, stated_scale
 
-KINDS = "a path, folder or pattern, the bytes of a file or an open one, a PIL image, or an array or tensor"
-_ONE = str | Path | bytes | bytearray | io.IOBase | Image.Image | np.ndarray
+_PIXELS = "(height, width[, 3 or 4]) or (3 or 4, height, width) of uint8 or uint16"
+TAKEN = (
+    "what is taken is a path, a folder, a glob pattern, an image file's bytes or the file opened in binary mode, a PIL "
+    f"image, an array or tensor {_PIXELS}, several of these, or a datasets.Dataset"
+)
 
 
 class Item(NamedTuple):
@@ -24,7 +30,7 @@ class Item(NamedTuple):
 
     Attributes:
         name: what the result and messages call it.
-        image: path, PIL image, array, or (`EncodedImages`, row).
+        image: path, bytes of a file, PIL image, array, or (`EncodedImages`, row).
         mpp: micrometres per pixel; None to look for them in the file.
     """
 
@@ -33,14 +39,14 @@ class Item(NamedTuple):
     mpp: float | None
 
 
-def find_images(given_paths: Iterable[str | Path]) -> list[Path]:
-    """Image files of paths that are files, folders (by the rule of `image_files`) or glob patterns, in sorted order.
+def find_images(paths: Iterable[str | os.PathLike]) -> list[Path]:
+    """Image files of paths that are files, folders (see `data.images.image_files`) or glob patterns, each sorted.
 
     Raises:
         OSError: a path does not exist, a pattern or folder holds no image, or a folder cannot be read.
     """
-    paths: list[Path] = []
-    for given in given_paths:
+    paths_found: list[Path] = []
+    for given in paths:
         path = Path(given).expanduser()
         if path.is_dir():
             inside = image_files(path)
@@ -49,21 +55,23 @@ def find_images(given_paths: Iterable[str | Path]) -> list[Path]:
         else:
             inside = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
         if not inside:
-            raise FileNotFoundError(f"{given} is no file, no pattern that fits one, and no folder with images in it")
-        paths += inside
-    return list(dict.fromkeys(paths))
+            name = printable(given)
+            raise FileNotFoundError(f"{name} is no file, no pattern that fits one, and no folder with images in it")
+        paths_found += sorted(inside)
+    return list(dict.fromkeys(paths_found))
 
 
 def items_of(images, mpp: float | Sequence[float] | None = None, *, image_column: str = "image") -> list[Item]:
     """What `Classifier.predict` takes, as a list of `Item`.
 
     Args:
-        images: one or several of `KINDS`; or a `datasets.Dataset` with `image_column` and, where it knows them,
-            ``mpp`` and ``filename``.
+        images: one or several of: path, folder, glob pattern, bytes of an image file, open binary file, PIL image,
+            array or tensor (height, width[, 3 or 4]) or (3 or 4, height, width); or a `datasets.Dataset` with
+            `image_column` and, where it knows them, ``mpp`` and ``filename``.
         mpp: micrometres per pixel of all images, or one a image; by default what table or file says.
 
     Raises:
-        ValueError: an `mpp` that cannot be, or another number of them than of images.
+        ValueError: an `mpp` that cannot be, or another number of them than of images; something else than an image.
         OSError: nothing is where a path points.
     """
     if hasattr(images, "column_names"):
@@ -73,14 +81,10 @@ def items_of(images, mpp: float | Sequence[float] | None = None, *, image_column
         known = [None if each is None or math.isnan(each) else each for each in known]
         items = [Item(str(name), (encoded, i), known[i]) for i, name in enumerate(names)]
     else:
-        one = images is None or isinstance(images, _ONE) or hasattr(images, "cpu")
+        is_one = isinstance(images, str | os.PathLike | bytes | bytearray | Image.Image) or hasattr(images, "read")
         items = []
-        for image in [images] if one else images:
-            if isinstance(image, str | Path):
-                items += [Item(printable(path), path, None) for path in find_images([image])]
-            else:
-                name = getattr(image, "filename", "") or getattr(image, "name", "")
-                items.append(Item(printable(name) if isinstance(name, str) and name else str(len(items)), image, None))
+        for image in [images] if is_one or getattr(images, "ndim", 4) < 4 or images is None else images:
+            items += _items(image, len(items))
     if mpp is None:
         return items
     given = [check_mpp(mpp)] * len(items) if np.ndim(mpp) == 0 else [check_mpp(each) for each in mpp]
@@ -89,64 +93,112 @@ def items_of(images, mpp: float | Sequence[float] | None = None, *, image_column
     return [item._replace(mpp=each) for item, each in zip(items, given, strict=True)]
 
 
-def open_item(image) -> Image.Image:
-    """Opens what an item holds.
+def _items(image: Any, number: int) -> list[Item]:
+    """One of `items_of`; a path can be a folder."""
+    if isinstance(image, str | os.PathLike):
+        return [Item(printable(path), path, None) for path in find_images([image])]
+    name = str(number)
+    if isinstance(image, Image.Image) or hasattr(image, "read"):
+        known = getattr(image, "filename", None) or getattr(image, "name", None)
+        name = printable(known) if known and isinstance(known, str | bytes | os.PathLike) else name
+    if hasattr(image, "read"):
+        if image.seekable():
+            image.seek(0)
+        image = image.read()
+    elif hasattr(image, "detach"):
+        image = image.detach().cpu()
+        image = image.numpy() if str(image.dtype) in ("torch.uint8", "torch.uint16") else image
+    if not isinstance(image, bytes | bytearray | Image.Image | np.ndarray):
+        kind = f"{tuple(image.shape)} of {image.dtype}" if hasattr(image, "dtype") else type(image).__name__
+        raise ValueError(f"image {name} is no image but {kind}: {TAKEN}")
+    return [Item(name, image, None)]
+
+
+def open_item(image: Any, notes: list[str] | None = None) -> Image.Image:
+    """Opens what an item holds; what is doubtful about an array of 16 bits is added to `notes`.
 
     Raises:
-        ValueError: an array that is no picture, or no pixels.
+        ValueError: an array that is no picture, no pixels, or no regular file.
         OSError: not an image.
     """
-    if hasattr(image, "cpu"):  # a tensor
-        image = image.detach().cpu().numpy()
-        if image.ndim == 3 and image.shape[0] in (1, 3, 4) and image.shape[2] not in (3, 4):
-            image = image.transpose(1, 2, 0).squeeze()
-    if isinstance(image, tuple):
-        encoded, i = image
-        image = open_image(encoded[i])
-    elif isinstance(image, str | Path):
-        if not os.path.isfile(image):
-            raise ValueError("it is no regular file" if os.path.exists(image) else "there is no such file")
-        image = opened(image)
-    elif isinstance(image, bytes | bytearray):
-        image = opened(io.BytesIO(image))
-    elif isinstance(image, io.IOBase):
-        image = opened(image)
-    elif isinstance(image, np.ndarray):
-        if image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,), (4,)) or image.dtype not in ("u1", "u2"):
-            raise ValueError(
-                f"an array must be (height, width[, 3 or 4]) of uint8 or uint16, not {image.shape} of {image.dtype}"
-            )
-        image = _of_array(image) if image.size else None
+    if isinstance(image, np.ndarray):
+        image = _picture(image, [] if notes is None else notes)
     elif not isinstance(image, Image.Image):
-        raise ValueError(f"{type(image).__name__} is no image: give {KINDS}")
-    if image is None or not all(image.size):
+        image = open_image(_encoded(image))
+    if not all(image.size):
         raise ValueError("it has no pixels")
     return image
 
 
-def _of_array(array: np.ndarray) -> Image.Image:
-    if array.dtype == "u1" or array.ndim == 2:
-        return Image.fromarray(array)
-    return Image.fromarray((array >> (bit_depth(array, None, []) - 8)).astype(np.uint8))
+def _encoded(image: Any) -> tuple[str | None, bytes | None]:
+    if isinstance(image, tuple):
+        encoded, i = image
+        return encoded[i]
+    return (None, bytes(image)) if isinstance(image, bytes | bytearray) else (os.fspath(image), None)
+
+
+def _picture(pixels: np.ndarray, notes: list[str]) -> Image.Image:
+    if not pixels.size:
+        raise ValueError("it has no pixels")
+    if pixels.ndim == 3 and pixels.shape[2] not in (3, 4) and pixels.shape[0] in (3, 4):
+        pixels = pixels.transpose(1, 2, 0)
+    if pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (3,), (4,)) or pixels.dtype not in ("u1", "u2"):
+        raise ValueError(f"an array must be {_PIXELS}, not {pixels.shape} of {pixels.dtype}")
+    return Image.fromarray(np.ascontiguousarray(pixels if pixels.dtype == "u1" else eight_bits(pixels, notes)))
 
 
 def scale_of(image: Any) -> StatedScale:
-    """What the file of an item states of its scale; nothing of an array.
+    """What the file of an item states of its scale, also of a PIL image that was opened from one; nothing of an array.
 
     Raises:
         OSError: not an image.
     """
-    if isinstance(image, tuple):
-        encoded, i = image
-        path, content = encoded[i]
+    if isinstance(image, np.ndarray):
+        return StatedScale(None)
+    if not isinstance(image, Image.Image):
+        path, content = _encoded(image)
         return stated_scale(path if content is None else io.BytesIO(content))
-    if isinstance(image, Image.Image):
-        image = getattr(image, "filename", None) or getattr(image, "fp", None)
-    if isinstance(image, bytes | bytearray):
-        image = io.BytesIO(image)
-    if isinstance(image, io.IOBase) or (isinstance(image, str | Path) and os.path.isfile(image)):
-        stated = stated_scale(image)
-        if isinstance(image, io.IOBase):
-            image.seek(0)
-        return stated
-    return StatedScale(None)
+    if image.format not in ("TIFF", "MPO"):  # no other kind states a scale, and what is computed has no format
+        return StatedScale(None)
+    path = getattr(image, "filename", None)
+    if path and os.path.isfile(path):
+        return stated_scale(path)
+    files = (getattr(image, name, None) for name in ("fp", "_fp"))  # the second outlives the decoding
+    file = next((file for file in files if hasattr(file, "seek") and not file.closed), None)
+    return stated_scale(file) if file else StatedScale(None)
+
+
+class _Listener:
+    """Collects what Pillow warns of, a thread at a time; `warnings.catch_warnings` is one for all threads."""
+
+    def __init__(self):
+        self._lock, self._thread, self._listening = threading.Lock(), threading.local(), 0
+
+    @contextmanager
+    def __call__(self, notes: list[str]) -> Iterator[None]:
+        with self._lock:
+            if not self._listening:
+                self._catcher = warnings.catch_warnings()
+                self._catcher.__enter__()
+                self._elsewhere, warnings.showwarning = warnings.showwarning, self._show
+                warnings.filterwarnings("always", category=UserWarning, module=r"PIL\b")
+            self._listening += 1
+        self._thread.notes = notes
+        try:
+            yield
+        finally:
+            self._thread.notes = None
+            with self._lock:
+                self._listening -= 1
+                if not self._listening:
+                    self._catcher.__exit__(None, None, None)
+
+    def _show(self, message, category, *place, **options) -> None:
+        notes = getattr(self._thread, "notes", None)
+        if notes is None or not issubclass(category, UserWarning):
+            self._elsewhere(message, category, *place, **options)
+        elif (text := " ".join(str(message).split())) not in notes:
+            notes.append(text)
+
+
+pillow_warnings = _Listener()

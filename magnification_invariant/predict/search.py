@@ -222,7 +222,9 @@ def similar_cases(
     case = index.cases.slice(names.index(name), 1).to_pylist()[0] if name in names else {}
     fields = name_fields(name) or {}
     patient = patient or case.get("patient") or fields.get("patient")
-    (row,) = classifier.iterate([Item(name, Path(image), mpp or case.get("mpp"))])
+    known = case.get("mpp")
+    known = None if known is None or np.isnan(known) else known
+    (row,) = classifier.iterate([Item(name, Path(image), known if mpp is None else mpp)])
     if row["error"]:
         raise ValueError(f"{image} cannot be predicted: {row['error']}")
     query = [row["signature"]]

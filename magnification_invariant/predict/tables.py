@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
@@ -125,6 +126,8 @@ def _fingerprint(classifier: Classifier, items: list[Item], *settings) -> str:
     for item in items:
         is_file = isinstance(item.image, str | os.PathLike) and os.path.exists(item.image)
         digest.update(f"{item.name} {item.mpp} {os.stat(item.image).st_mtime_ns if is_file else ''}\n".encode())
+        if isinstance(item.image, bytes | bytearray | np.ndarray):
+            digest.update(np.ascontiguousarray(item.image).data if isinstance(item.image, np.ndarray) else item.image)
     return digest.hexdigest()
 
 
@@ -147,8 +150,7 @@ def _to_parquet(tables: Iterable[pa.Table], path: Path) -> None:
 
 
 def _to_csv(tables: Iterable[pa.Table], path: Path) -> None:
-    """Lists are JSON in their cells. No text begins as a spreadsheet's formula does (``= + - @``, tab, return): file
-    names get ``./`` before them, which is the same file, and other texts an apostrophe."""
+    """Lists are JSON in their cells, and text is never a formula to who opens the table, see `_cell`."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, SCHEMA.names)
         writer.writeheader()
@@ -157,9 +159,10 @@ def _to_csv(tables: Iterable[pa.Table], path: Path) -> None:
                 writer.writerow({name: _cell(name, value) for name, value in row.items()})
 
 
-def _cell(name: str, value: Any) -> Any:
-    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
-        return f"./{value}" if name == "filename" else f"'{value}"
+def _cell(name: str, value):
+    """A file name that begins as a formula does gets ``./`` before it, other text an apostrophe; numbers stay."""
+    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")):
+        return ("./" if name == "filename" else "'") + value
     return json.dumps(value) if isinstance(value, list) else value
 
 

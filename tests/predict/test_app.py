@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from magdg import main
+from magnification_invariant.files import read_json, write_json
 from magnification_invariant.predict import Classifier, app
 from magnification_invariant.virtual_slides import render_field, virtual_field
 
@@ -75,9 +76,9 @@ def test_unusual_images_are_answered(answer, files, name):
         (None, 0.3, "Choose an image"),
         ("tissue.png", None, "scale is not known"),
         ("tissue.png", "a lot", "a number like 0.25, not 'a lot'"),
-        ("tissue.png", 0, "positive number"),
-        ("tissue.png", -1, "positive number"),
-        ("tissue.png", float("nan"), "positive number"),
+        ("tissue.png", 0, "positive finite number"),
+        ("tissue.png", -1, "positive finite number"),
+        ("tissue.png", float("nan"), "positive finite number"),
         ("tissue.png", 40, "if you mean a magnification of 40"),
         ("text.png", 0.3, "cannot identify"),
         ("empty.png", 0.3, "cannot identify"),
@@ -92,15 +93,28 @@ def test_bad_input_is_said_in_plain_words(answer, files, name, mpp, message):
     assert message in raised.value.message and "/" not in raised.value.message.replace("um/px", "")
 
 
-def test_the_most_similar_cases(classifier, tiny_model, breakhis_tree, tmp_path):
+def test_the_most_similar_cases(classifier, breakhis_tree, tmp_path):
     from magnification_invariant.data import load_breakhis
-    from magnification_invariant.predict.search import SignatureIndex, SignedModel, build_index
+    from magnification_invariant.predict.search import SignatureIndex, build_index
 
     ds = load_breakhis(breakhis_tree)
-    build_index(SignedModel(str(tiny_model)), ds, tmp_path)
+    build_index(classifier, ds, tmp_path)
     image = ds[0]["image"].filename
     similar = app._answer(classifier, SignatureIndex.load(tmp_path), image, "0.7", None)[-1]
     assert len(similar) == 5 and all(isinstance(picture, Image.Image) for picture, _ in similar)
+
+
+def test_a_model_that_knows_no_scale_answers_at_the_first_click(classifier, tiny_model, files, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    config = read_json(folder / "config.json")
+    write_json(folder / "config.json", {k: v for k, v in config.items() if k not in ("base_range", "mpp_range")})
+    page = app.build(folder)
+    (predict,) = [fn for fn in page.fns.values() if fn.api_name == "predict"]
+    shown, note, map_figure, charts, _ = predict.fn(str(files / "tissue.png"), "", None)
+    protocol = classifier.predict(files / "tissue.png", 0.3, view="protocol")[0]["probability"]
+    assert shown["malignant"] == pytest.approx(protocol) and "scale is not known" in note
+    assert len(map_figure.axes) == 2 and "knows no scale" in charts.axes[0].get_title()
+    assert "0.45 um/px" in predict.fn(str(files / "tissue.png"), "0.12", None)[1]  # its field, where that is known
 
 
 def test_a_model_that_is_not_there():

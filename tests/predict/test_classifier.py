@@ -117,12 +117,6 @@ def test_a_scale_ten_times_wrong_is_seen_in_the_pixels(classifier, mpp):
     assert sum(right) == 0 and sum(coarser) >= 3 and sum(finer) >= 3
 
 
-def test_too_little_to_tell_a_scale_from(classifier):
-    blank = Image.new("RGB", (300, 300), (240, 235, 242))
-    assert only(classifier.predict(blank, 0.5))["apparent_mpp"] is None
-    assert only(classifier.predict(tissue(0.5, (40, 40)), 0.5))["apparent_mpp"] is None
-
-
 def test_the_scale_of_a_tiff_is_read_from_it(classifier, tmp_path):
     tissue(0.5).save(tmp_path / "a.tif", resolution=(20_000, 20_000), resolution_unit=3)  # pixels a centimetre
     tissue(0.5).save(tmp_path / "b.png")
@@ -160,157 +154,11 @@ def test_one_scale_an_image_or_one_for_all(classifier):
         classifier.predict([tissue(0.5)] * 2, [0.5, 0.1, 0.2])
 
 
-def write(folder, kind):
-    """A file of a kind that people have, and what is to be said of it (None: it is predicted)."""
-    rgb, path = np.asarray(tissue(0.5)), folder / kind
-    grey = np.asarray(tissue(0.5).convert("L"))
-    if kind == "text.png":
-        path.write_text("not an image")
-        return "cannot identify image file"
-    if kind == "empty.png":
-        path.write_bytes(b"")
-        return "cannot identify image file"
-    if kind == "truncated.png":
-        tissue(0.5).save(path)
-        path.write_bytes(path.read_bytes()[:9000])
-        return "truncated"
-    if kind == "pixel.png":
-        Image.new("RGB", (1, 1)).save(path)
-        return "the field is too small"
-    if kind == "float.tif":
-        Image.fromarray(grey.astype(np.float32)).save(path)
-        return "no known range"
-    if kind == "huge.png":
-        Image.new("1", (40_000, 30_000)).save(path)
-        return "more than the 1,000,000,000 that are decoded at once: cut it into fields"
-    if kind == "pipe.png":
-        os.mkfifo(path)
-        return "no regular file"
-    if kind == "grey16.png":
-        Image.fromarray(grey.astype(np.uint16) * 257).save(path)
-    elif kind == "cmyk.jpg":
-        tissue(0.5).convert("CMYK").save(path, quality=95)
-    elif kind == "alpha.png":
-        Image.fromarray(np.dstack([rgb, np.full(rgb.shape[:2], 128, np.uint8)])).save(path)
-    elif kind == "animated.gif":
-        tissue(0.5).save(path, save_all=True, append_images=[tissue(0.5, patient=1)])
-    return None
-
-
-KINDS = [
-    "text.png",
-    "empty.png",
-    "truncated.png",
-    "pixel.png",
-    "float.tif",
-    "huge.png",
-    "pipe.png",
-    "grey16.png",
-    "cmyk.jpg",
-]
-KINDS += ["alpha.png", "animated.gif"]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_whatever_is_handed_in(classifier, tmp_path, kind):
-    message = write(tmp_path, kind)
-    row = only(list(classifier.iterate([Item(kind, tmp_path / kind, 0.5)])))
-    if message:
-        assert message in row["error"] and row["probability"] is None
-        return
-    assert row["error"] is None
-    expected = tissue(0.5).convert("L" if kind == "grey16.png" else "RGB")
-    if kind == "alpha.png":  # on white, as a viewer shows it
-        expected = Image.blend(Image.new("RGB", expected.size, "white"), expected, 128 / 255)
-    expected = only(classifier.predict(expected, 0.5))
-    if kind in ("grey16.png", "alpha.png"):
-        np.testing.assert_allclose(row["logits"], expected["logits"], atol=1e-2 if kind == "alpha.png" else 1e-5)
-    assert (row["warning"] == "it has 2 frames, the first was taken") == (kind == "animated.gif")
-
-
-def shown(path) -> tuple[np.ndarray, list[str]]:
-    notes: list[str] = []
-    return np.asarray(to_rgb(open_item(path), notes)), notes
-
-
-@pytest.mark.parametrize("bits", [10, 12, 14, 16])
-def test_values_of_a_camera_are_scaled_by_their_own_depth(tmp_path, bits):
-    grey = np.asarray(tissue(0.5).convert("L")).astype(np.uint16)
-    grey[0, 0] = 255
-    tifffile.imwrite(tmp_path / "grey.tif", grey << (bits - 8))
-    pixels, notes = shown(tmp_path / "grey.tif")
-    assert np.array_equal(pixels[..., 0], grey) and (f"taken to have {bits}" in " ".join(notes)) == (bits < 16)
-    rgb = np.asarray(tissue(0.5)).astype(np.uint16)
-    rgb[0, 0] = 255
-    tifffile.imwrite(tmp_path / "rgb.tif", rgb << (bits - 8), photometric="rgb")
-    assert np.array_equal(shown(tmp_path / "rgb.tif")[0], rgb)
-    tag = [(281, "H", 1, 2**bits - 1, True)]  # dark, and its depth is stated
-    tifffile.imwrite(tmp_path / "dark.tif", grey, extratags=tag)
-    pixels, notes = shown(tmp_path / "dark.tif")
-    assert np.array_equal(pixels[..., 0], grey >> (bits - 8)) and "taken to have" not in " ".join(notes)
-
-
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-def test_where_zero_is_white_values_are_inverted(tmp_path, dtype):
-    grey = np.asarray(tissue(0.5).convert("L")).astype(dtype) * (257 if dtype == np.uint16 else 1)
-    tifffile.imwrite(tmp_path / "a.tif", grey, photometric="miniswhite")
-    assert np.array_equal(shown(tmp_path / "a.tif")[0][..., 0], 255 - np.asarray(tissue(0.5).convert("L")))
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_what_is_transparent_is_white(tmp_path, mode):
-    rgba = tissue(0.5).convert("RGBA")
-    rgba.paste((0, 0, 0, 0), (0, 0, 80, 128))
-    picture = rgba.convert(mode) if mode != "P" else rgba.quantize(64)
-    picture.save(tmp_path / "a.png")
-    pixels, _ = shown(tmp_path / "a.png")
-    assert (pixels[:, :79] == 255).all() and pixels[:, 81:].min() < 200
-
-
-def test_a_part_that_is_missing_and_a_field_of_one_colour_are_said(classifier, tmp_path):
-    pixels = np.asarray(tissue(0.5)).copy()
-    pixels[70:] = 128
-    (row,) = classifier.iterate([Item("cut", pixels, 0.5)])
-    assert "lowest 45% of it are of exactly one colour" in row["warning"]
-    for size, colour in (((100, 100), (0, 0, 0)), ((250, 170), (240, 235, 242)), ((300, 200), (255, 255, 255))):
-        row = only(list(classifier.iterate([Item("flat", Image.new("RGB", size, colour), 0.5)])))
-        assert row["error"] is None and "no tissue" in row["warning"]
-
-
-def test_what_people_hold_in_their_hands(classifier, tmp_path):
-    """Tensors, bytes and open files say what the file says, its scale too; else one sentence says what is taken."""
-    path = tmp_path / "a.tif"
-    tissue(0.5).save(path, resolution=(20_000, 20_000), resolution_unit=3)
-    wanted = only(classifier.predict(path))
-    table = Dataset.from_dict({"image": [str(path)]}).cast_column("image", datasets.Image())
-    for given in (path.read_bytes(), io.BytesIO(path.read_bytes()), open(path, "rb"), Image.open(path), table):  # noqa: SIM115
-        row = only(classifier.predict(given))
-        assert row["native_mpp"] == pytest.approx(0.5) and row["logits"] == wanted["logits"]
-    pixels = torch.from_numpy(np.asarray(tissue(0.5)).copy())
-    for tensor in (pixels, pixels.permute(2, 0, 1)):
-        assert only(classifier.predict(tensor, 0.5))["logits"] == wanted["logits"]
-    for nothing in (None, [None], [{}]):
-        with pytest.raises(ValueError, match="is no image: give a path, folder or pattern, the bytes of a file"):
-            classifier.predict(nothing, 0.5)
-
-
 @pytest.mark.slow
 def test_a_hundred_megapixels(classifier, tmp_path):
     Image.effect_noise((10_000, 10_000), 30).convert("RGB").save(tmp_path / "large.jpg")
     row = only(classifier.predict(tmp_path / "large.jpg", 0.1))
     assert (row["width"], row["mpp"], row["tiles"]) == (10_000, 0.8, 20**2)
-
-
-def test_arrays_that_are_no_pictures(classifier):
-    for array in (np.zeros((0, 0, 3), np.uint8), np.zeros((0, 5), np.uint8)):
-        with pytest.raises(ValueError, match="no pixels"):
-            classifier.predict(array, 0.5)
-    for array in (np.zeros((64, 64, 3)), np.zeros((3, 64, 64), np.uint8)):
-        with pytest.raises(ValueError, match="must be"):
-            classifier.predict(array, 0.5)
-    grey = np.full((64, 64), 40_000, np.uint16)
-    eight = np.full((64, 64), 156, np.uint8)
-    assert only(classifier.predict(grey, 0.5))["logits"] == only(classifier.predict(eight, 0.5))["logits"]
 
 
 def test_folders_patterns_and_what_is_not_there(classifier, tmp_path):

@@ -133,6 +133,20 @@ def test_shards_of_another_run_are_not_taken(classifier, pictures, tmp_path):
     assert {row["native_mpp"] for row in rows_of(out)} == {0.1}
 
 
+def test_no_cell_of_a_csv_is_a_formula(classifier, pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["=1+1.png", "@SUM(1).png", "+1.png", "-1.png", "\t=1.png", "\r=1.png", "good.png"]
+    for name in names:
+        (tmp_path / name).write_bytes((pictures / "1.png").read_bytes())
+    predict_to_file(classifier, items_of(".", 0.5), tmp_path / "out.csv")
+    with open("out.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {os.path.normpath(row["filename"]) for row in rows} == set(names)
+    assert not any(cell.startswith(("=", "+", "-", "@", "\t", "\r")) for row in rows for cell in row.values())
+    assert all(0 <= float(row["probability"]) <= 1 for row in rows)
+    assert predictions._cell("error", "=HYPERLINK()") == "'=HYPERLINK()" and predictions._cell("mpp", -0.5) == -0.5
+
+
 def test_no_space_left(classifier, pictures, tmp_path):
     """A limit on the size of files stands for a full disk: the write itself fails, at the merged file or a shard."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -15,15 +16,9 @@ from magnification_invariant import metrics
 from magnification_invariant.data import load_breakhis, load_virtual_slides
 from magnification_invariant.data.scale import rescale
 from magnification_invariant.data.splits import leave_one_magnification_out
+from magnification_invariant.data.views import tiles
 from magnification_invariant.predict import Classifier
-from magnification_invariant.predict.zoom import (
-    View,
-    downsampled,
-    photographed_fields,
-    virtual_fields,
-    write_zoom_curves,
-    zoom_curves,
-)
+from magnification_invariant.predict.zoom import photographed_fields, virtual_fields, write_zoom_curves, zoom_curves
 from magnification_invariant.records import prediction_table
 from magnification_invariant.virtual_slides import SIDECAR
 
@@ -36,10 +31,10 @@ def classifier_of(run, mpp_range=(0.2, 0.8), size=SIZE):
     return Classifier(Path(), config | {"pretrained_cfg": {"input_size": [3, size, size]}}, run, batch_size=16)
 
 
-def finest_detail(tiles):
+def finest_detail(pieces):
     """Malignant is what differs from one pixel to the next."""
-    detail = np.abs(np.diff(tiles.astype(float), axis=3)).mean((1, 2, 3))
-    return np.stack([np.zeros(len(tiles)), detail], 1), tiles.reshape(len(tiles), -1)[:, ::97]
+    detail = np.abs(np.diff(pieces.astype(float), axis=3)).mean((1, 2, 3))
+    return np.stack([np.zeros(len(pieces)), detail], 1), pieces.reshape(len(pieces), -1)[:, ::97]
 
 
 def table(images, **columns):
@@ -76,86 +71,51 @@ def test_what_lies_in_the_finest_pixels_is_lost_and_the_curve_falls():
         assert auc[0] > 0.999 and auc[-1] < 0.75, auc
 
 
-def test_the_two_ways_to_show_a_photograph():
-    """At a constant crop more tissue comes into view, at a constant field the same tissue in fewer pixels."""
+def test_a_photograph_is_shown_whole_in_fewer_and_fewer_pixels():
     pixels = np.full((96, 128, 3), 200, np.uint8)
     pixels[40:56, 56:72] = 20  # the middle
-    points = np.geomspace(0.25, 0.75, 5).tolist()
-    views = list(downsampled(Image.fromarray(pixels), 0.25, points, SIZE))
-    crops, fields = ([view for view in views if view.variant == name] for name in ("crop", "field"))
-    assert [view.mpp for view in crops] == [view.mpp for view in fields] == points
-
-    assert all(view.pixels.shape == (SIZE, SIZE, 3) for view in crops)
-    assert np.array_equal(crops[0].pixels, pixels[32:64, 48:80])  # as photographed
-    dark = [(view.pixels < 110).mean() for view in crops]
-    assert dark == sorted(dark, reverse=True) and dark[0] == pytest.approx(9 * dark[-1], rel=0.15)
-
-    assert np.array_equal(fields[0].pixels, pixels[:, 16:112])
-    for view in fields:
-        assert view.pixels.shape[0] == view.pixels.shape[1]
-        assert view.pixels.shape[0] * view.mpp == pytest.approx(SIZE * 0.75, abs=view.mpp)
-        assert view.pixels.mean() == pytest.approx(pixels[:, 16:112].mean(), abs=1.5)
-    assert np.array_equal(crops[-1].pixels, fields[-1].pixels)
+    ds = table([Image.fromarray(pixels)])
+    (field,) = photographed_fields(ds, np.arange(1), SIZE)
+    views = list(field.views())
+    assert field.variant == "field" and [mpp for mpp, _ in views] == pytest.approx(np.geomspace(0.25, 0.75, 5))
+    assert np.array_equal(views[0][1], pixels)
+    for mpp, shown in views:
+        assert np.multiply(shown.shape[:2], mpp) == pytest.approx((24, 32), abs=mpp)
+        assert shown.mean() == pytest.approx(pixels.mean(), abs=1.5)
 
 
-def test_photographs_are_never_enlarged_and_never_joined_over_magnifications(monkeypatch):
-    rng, seen = np.random.default_rng(0), []
-
-    def spy(image, mpp, *, native_mpp):
-        seen.append(mpp / native_mpp)
-        return rescale(image, mpp, native_mpp=native_mpp)
-
-    monkeypatch.setattr("magnification_invariant.predict.zoom.rescale", spy)
+def test_photographs_are_never_enlarged_and_never_joined_over_magnifications():
+    rng = np.random.default_rng(0)
     sizes = [(128, 96), (96, 80), (200, 120), (128, 96), (20, 20)]
     images = [Image.fromarray(noise(rng, *size).astype(np.uint8)) for size in sizes]
     ds = table(images, magnification=[40, 40, 40, 100, 200], mpp=[0.25, 0.25, 0.25, 0.1, 0.05])
-    found = zoom_curves(classifier_of(finest_detail), photographed_fields(ds, np.arange(5), SIZE)).to_pandas()
-    assert min(seen) >= 1
-    ranges = {source: (curve.mpp.min(), curve.mpp.max()) for source, curve in found.groupby("source")}
+    fields = photographed_fields(ds, np.arange(5), SIZE)
+    rows = zoom_curves(classifier_of(finest_detail), fields).to_pandas()
+    shapes = [shown.shape[:2] for field in fields for _, shown in field.views()]
+    assert max(shapes) == (120, 200) and min(min(shape) for shape in shapes) == SIZE
+    ranges = {source: (curve.mpp.min(), curve.mpp.max()) for source, curve in rows.groupby("source")}
     assert ranges == {"40X": pytest.approx((0.25, 0.25 * 80 / SIZE)), "100X": pytest.approx((0.1, 0.1 * 96 / SIZE))}
     with pytest.raises(ValueError, match="at no magnification do all tested images hold"):
         photographed_fields(ds, np.array([4]), SIZE)
 
 
-def test_a_large_view_is_the_mean_of_its_tiles():
-    pixels = np.random.default_rng(0).integers(0, 255, (96, 96, 3), np.uint8)
-
-    def brightness(tiles):
-        mean = tiles.mean((1, 2, 3))
-        return np.stack([mean, -mean], 1), mean[:, None] ** 2
-
-    from magnification_invariant.predict.zoom import _outputs
-
-    logits, embedding = _outputs(classifier_of(brightness), [pixels, pixels[:32, :32]])
-    parts = [pixels[y : y + 32, x : x + 32].mean() for y in (0, 32, 64) for x in (0, 32, 64)]
-    np.testing.assert_allclose(logits, [[np.mean(parts), -np.mean(parts)], [parts[0], -parts[0]]])
-    np.testing.assert_allclose(embedding[:, 0], [np.mean(np.square(parts)), parts[0] ** 2])
-
-
 def test_similarity_is_that_of_the_same_fields_with_the_finest_scale_trained_on():
     rng = np.random.default_rng(0)
     images = [Image.fromarray(noise(rng).astype(np.uint8)) for _ in range(12)]
-    ds, embedded = table(images), []
-
-    def run(tiles):
-        embedded.append(finest_detail(tiles)[1].astype(float))
-        return np.zeros((len(tiles), 2)), embedded[-1]
-
-    fields = photographed_fields(ds, np.arange(12), SIZE)
-    classifier = classifier_of(run, mpp_range=(0.3, 0.5))
-    found = zoom_curves(classifier, fields).to_pandas()
-    crop = found[found.variant == "crop"]
-    points = np.unique(crop.mpp)
-    assert set(crop[crop.reference].mpp) == {points[points >= 0.3][0]}
-    at = {m: np.stack([run(np.stack([_crop(f, m).transpose(2, 0, 1)]))[1][0] for f in fields]) for m in points}
-    for m in points:
-        expected = metrics.linear_cka(at[m], at[points[points >= 0.3][0]])
-        assert crop[crop.mpp == m].cka.tolist() == pytest.approx([expected] * 12)
-    assert crop[crop.reference].cka.tolist() == pytest.approx([1] * 12)
-
-
-def _crop(field, mpp):
-    return next(view for view in field.views() if view.variant == "crop" and view.mpp == mpp).pixels
+    fields = photographed_fields(table(images), np.arange(12), SIZE)
+    classifier = classifier_of(finest_detail, mpp_range=(0.3, 0.5))
+    rows = zoom_curves(classifier, fields).to_pandas()
+    points = np.unique(rows.mpp)
+    reference = points[points >= 0.3][0]
+    assert set(rows[rows.reference].mpp) == {reference}
+    embedded = {mpp: [] for mpp in points}
+    for field in fields:
+        for mpp, shown in field.views():
+            embedded[mpp].append(finest_detail(tiles(shown, SIZE))[1].mean(0))
+    for mpp in points:
+        expected = metrics.linear_cka(np.stack(embedded[mpp]), np.stack(embedded[reference]))
+        assert rows[rows.mpp == mpp].cka.tolist() == pytest.approx([expected] * 12)
+    assert rows[rows.reference].cka.tolist() == pytest.approx([1] * 12)
 
 
 # --------------------------------------------------------------------------------------------------- whole folders
@@ -176,12 +136,8 @@ def write_cell(folder, model, ds, held_out=100):
     split = leave_one_magnification_out(ds, held_out, n_folds=4)
     columns = {name: np.array(ds[name][:]) for name in ("filename", "patient", "slide", "label", "mpp")}
     columns |= {"domain": np.array(ds["magnification"][:]), "mpp": columns["mpp"] * 115 / 73}
-    parts = []
-    for part in ("val", "test", "test_source"):
-        rows = getattr(split, part)
-        parts.append(prediction_table(columns, rows, np.zeros((len(rows), 2)), part=part, epoch=0))
-    import pyarrow as pa
-
+    rows = {part: getattr(split, part) for part in ("val", "test", "test_source")}
+    parts = [prediction_table(columns, rows[part], np.zeros((len(rows[part]), 2)), part=part, epoch=0) for part in rows]
     pq.write_table(pa.concat_tables(parts), folder / "model" / "predictions.parquet")
     return split
 
@@ -214,14 +170,12 @@ def test_drawn_at_its_own_scale_a_field_is_the_image_of_the_table(slides):
     fields = virtual_fields(ds, rows, native[rows] * 115 / height, classifier)
     images = [np.asarray(rescale(ds[int(row)]["image"], own, native_mpp=native[row])).astype(float) for row in rows]
     views = [next(field.views()) for field in fields]
-    assert all(view.mpp == pytest.approx(own) and view.variant == "rendered" for view in views)
+    assert all(mpp == pytest.approx(own) for mpp, _ in views) and {each.variant for each in fields} == {"rendered"}
 
-    def apart(view: View, image):
+    def apart(view, image):
         top, left = (image.shape[0] - SIZE) // 2, (image.shape[1] - SIZE) // 2
         return min(  # the middles of the two frames may lie half a pixel apart
-            np.abs(view.pixels - image[y : y + SIZE, x : x + SIZE]).mean()
-            for y in (top, top + 1)
-            for x in (left, left + 1)
+            np.abs(view[1] - image[y : y + SIZE, x : x + SIZE]).mean() for y in (top, top + 1) for x in (left, left + 1)
         )
 
     same = [apart(view, image) for view, image in zip(views, images, strict=True)]
