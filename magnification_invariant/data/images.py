@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -110,31 +110,6 @@ class EncodedImages:
         return image["path"], image["bytes"]
 
 
-MOST_PIXELS = 1_000_000_000  # of one image: 3 GB once it is decoded
-_OPENING = threading.Lock()
-
-
-def opened(file: Any) -> Image.Image:
-    """`PIL.Image.open` of a path or binary file, with a limit for large images that is ours and not Pillow's.
-
-    Raises:
-        ValueError: It has more than `MOST_PIXELS` pixels.
-        OSError: It is no image.
-    """
-    with _OPENING:  # the limit is the process's; other users of Pillow keep theirs
-        theirs, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        try:
-            image = Image.open(file)
-        finally:
-            Image.MAX_IMAGE_PIXELS = theirs
-    if image.width * image.height > MOST_PIXELS:
-        raise ValueError(
-            f"{image.width} x {image.height} pixels are more than the {MOST_PIXELS:,} that are decoded at once: cut it "
-            "into fields, or save it at a coarser scale"
-        )
-    return image
-
-
 def open_image(encoded: Encoded) -> Image.Image:
     """An image, not yet decoded.
 
@@ -148,10 +123,10 @@ def open_image(encoded: Encoded) -> Image.Image:
         raise ValueError("there is no image")
     if content is None and os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"{printable(path)} is not a regular file")
-    return _opened(path if content is None else io.BytesIO(content))
+    return opened(path if content is None else io.BytesIO(content))
 
 
-def _opened(file: str | os.PathLike | BinaryIO) -> Image.Image:
+def opened(file: str | os.PathLike | BinaryIO) -> Image.Image:
     try:
         image = Image.open(file)
         pixels = image.width * image.height
@@ -297,7 +272,7 @@ def check(file: str | os.PathLike | BinaryIO) -> tuple[int, int]:
     Raises:
         Exception: it is none; Pillow raises OSError, SyntaxError, ValueError, struct.error ... on damaged files.
     """
-    with _opened(file) as image:
+    with opened(file) as image:
         width, height = shown_size(image)
         _check_range(image)
         if image.format == "PNG":

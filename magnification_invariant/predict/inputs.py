@@ -53,7 +53,7 @@ def find_images(paths: Iterable[str | os.PathLike]) -> list[Path]:
         elif path.exists():
             inside = [path]
         else:
-            inside = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
+            inside = [Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name)]
         if not inside:
             name = printable(given)
             raise FileNotFoundError(f"{name} is no file, no pattern that fits one, and no folder with images in it")

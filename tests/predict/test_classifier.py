@@ -1,22 +1,14 @@
 """One image and many: scale first, then tiles, probability, signature; and whatever people hand in."""
 
-import io
-import os
-
-import datasets
 import numpy as np
 import pytest
-import tifffile
 import torch
-from datasets import Dataset
 from PIL import Image
 from scipy.special import softmax
 
-from magnification_invariant.data.images import to_rgb
 from magnification_invariant.data.views import show
 from magnification_invariant.model_folder import logits_of
 from magnification_invariant.predict import Classifier, Item, check_mpp
-from magnification_invariant.predict.inputs import open_item
 from magnification_invariant.virtual_slides import render_field, virtual_field
 
 

@@ -54,29 +54,11 @@ def test_every_format_says_the_same(classifier, pictures, tmp_path):
         for row, text in zip(rows, csv.DictReader(file), strict=True):
             assert text["probability"] == ("" if row["error"] else repr(row["probability"]))
             assert row["error"] or json.loads(text["signature"]) == row["signature"]
-    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".lock") == [
-        "out.csv",
-        "out.json",
-        "out.parquet",
-    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.csv", "out.json", "out.parquet"]
     direct = classifier.predict(pictures, 0.5)
     assert [row["probability"] for row in rows] == pytest.approx([row["probability"] for row in direct], abs=1e-6)
     with pytest.raises(ValueError, match=r"not as out\.txt"):
         predict_to_file(classifier, items, tmp_path / "out.txt")
-
-
-def test_names_are_no_formulas_and_need_not_be_utf8(classifier, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    picture = Image.fromarray(np.random.default_rng(0).integers(60, 256, (72, 84, 3), dtype=np.uint8))
-    for name in (b"=1+1.png", b"+a.png", b"@b.png", b"-c.png", b"\tb.png", b"\xe4.png"):
-        with open(name, "wb") as file:
-            picture.save(file, "PNG")
-    items = items_of(sorted(path.name for path in tmp_path.iterdir()), 0.5)
-    predict_to_file(classifier, items, tmp_path / "out.csv")
-    with open(tmp_path / "out.csv", newline="", encoding="utf-8") as file:
-        names = [row["filename"] for row in csv.DictReader(file)]
-    assert sorted(names) == sorted(["./=1+1.png", "./+a.png", "./@b.png", "./-c.png", "./\tb.png", "\\xe4.png"])
-    assert all(os.path.isfile(name) for name in names if "xe4" not in name)
 
 
 def test_two_processes_do_not_mix_their_tables(classifier, pictures, tmp_path):
@@ -153,7 +135,7 @@ def test_no_space_left(classifier, pictures, tmp_path):
     items, out = items_of(pictures, 0.5), tmp_path / "out.parquet"
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
-        with pytest.raises(OSError, match=r"cannot write .*make room"):
+        with pytest.raises(OSError, match="make room and start the same command again"):
             predict_to_file(classifier, items, out)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -219,8 +201,7 @@ def test_two_processes_share_the_shards(classifier, tiny_model, pictures, tmp_pa
     debug_launcher(share, ([*arguments, "--out", str(tmp_path / "two.parquet")], tmp_path), num_processes=2)
     AcceleratorState._reset_state(reset_partial_state=True)
     # the damaged file is reported by the first process
-    names = sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".lock")
-    assert names == ["process0of2: 1", "process1of2: 0", "two.parquet"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["process0of2: 1", "process1of2: 0", "two.parquet"]
     predict_to_file(classifier, items_of(pictures, 0.5), tmp_path / "one.parquet")
     one, two = rows_of(tmp_path / "one.parquet"), rows_of(tmp_path / "two.parquet")
     assert [row["filename"] for row in one] == [row["filename"] for row in two]
