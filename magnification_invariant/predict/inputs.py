@@ -82,8 +82,9 @@ def items_of(images, mpp: float | Sequence[float] | None = None, *, image_column
         items = [Item(str(name), (encoded, i), known[i]) for i, name in enumerate(names)]
     else:
         is_one = isinstance(images, str | os.PathLike | bytes | bytearray | Image.Image) or hasattr(images, "read")
+        is_one = is_one or isinstance(images, type) or not isinstance(images, Iterable)
         items = []
-        for image in [images] if is_one or getattr(images, "ndim", 4) < 4 or images is None else images:
+        for image in [images] if is_one or (hasattr(images, "shape") and len(images.shape) < 4) else images:
             items += _items(image, len(items))
     if mpp is None:
         return items
@@ -109,7 +110,7 @@ def _items(image: Any, number: int) -> list[Item]:
         image = image.detach().cpu()
         image = image.numpy() if str(image.dtype) in ("torch.uint8", "torch.uint16") else image
     if not isinstance(image, bytes | bytearray | Image.Image | np.ndarray):
-        kind = f"{tuple(image.shape)} of {image.dtype}" if hasattr(image, "dtype") else type(image).__name__
+        kind = f"{tuple(image.shape)} of {image.dtype}" if hasattr(type(image), "dtype") else type(image).__name__
         raise ValueError(f"image {name} is no image but {kind}: {TAKEN}")
     return [Item(name, image, None)]
 

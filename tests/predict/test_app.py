@@ -51,16 +51,22 @@ def test_the_answer_is_the_classifiers(answer, classifier, files):
     shown, note, map_figure, charts, similar = answer(str(files / "tissue.png"), "0.3", None)
     (row,) = classifier.predict(files / "tissue.png", 0.3)
     assert shown == {"malignant": row["probability"], "benign": pytest.approx(1 - row["probability"])}
-    assert "0.3 um/px" in note and "not recorded" in note and similar == []
+    assert f"{row['mpp']:.3g} um/px" in note and "not recorded" in note and similar == []
     curve, bars = charts.axes
-    assert curve.lines[0].get_ydata()[0] == pytest.approx(row["probability"], abs=1e-4)
+    assert curve.lines[0].get_ydata()[-1] == pytest.approx(row["probability"], abs=1e-4)
     assert [bar.get_height() for bar in bars.patches] == pytest.approx(row["signature"])
     assert len(map_figure.axes) == 2
 
 
 def test_the_scale_comes_from_the_page_or_from_the_file(answer, files):
-    assert "0.3 um/px" in answer(str(files / "scaled.tif"), "", None)[1]
-    assert "0.5 um/px" in answer(str(files / "tissue.png"), "", "scanner, objective 20x")[1]
+    by_file = answer(str(files / "scaled.tif"), "", None)
+    assert (
+        by_file[0]
+        == answer(str(files / "scaled.tif"), "0.3", None)[0]
+        != answer(str(files / "scaled.tif"), "0.1", None)[0]
+    )
+    by_name = answer(str(files / "tissue.png"), "", "scanner, objective 20x")
+    assert by_name[0] == answer(str(files / "tissue.png"), "0.5", None)[0]
     assert "**Careful:** 2 um/px is coarser" in answer(str(files / "tissue.png"), "2", None)[1]
 
 
@@ -83,7 +89,7 @@ def test_unusual_images_are_answered(answer, files, name):
         ("text.png", 0.3, "cannot identify"),
         ("empty.png", 0.3, "cannot identify"),
         ("truncated.png", 0.3, "truncated"),
-        ("pixel.png", 0.3, "too small a field"),
+        ("pixel.png", 0.3, "the field is too small"),
         ("huge.png", 0.3, "100 megapixels; this page takes 25"),
     ],
 )

@@ -108,7 +108,7 @@ def test_the_command_builds_and_searches(index, classifier, breakhis_tree, tmp_p
 def test_another_model_is_refused(index, classifier):
     read = SignatureIndex.load(index)
     changed = replace(read, about=read.about | {"weights_sha256": "0" * 64})
-    with pytest.raises(ValueError, match="no longer the model that made this index"):
+    with pytest.raises(ValueError, match=r"no longer\) the model that made this index"):
         similar_cases(changed, classifier, read.cases["picture"][0].as_py())
 
 
