@@ -29,6 +29,7 @@ from magnification_invariant.data.images import EncodedImages, open_image, shown
 from magnification_invariant.data.splits import domain_column, domain_name
 from magnification_invariant.data.views import field_mpp, mean_over_tiles, show, tiles
 from magnification_invariant.files import read_json
+from magnification_invariant.lomo.cell import table_digest
 from magnification_invariant.predict.classifier import Classifier
 from magnification_invariant.records import ZOOM, Run, write_table
 from magnification_invariant.virtual_slides import GENERATOR_VERSION, SIDECAR, Optics, render_field
@@ -71,6 +72,10 @@ def write_zoom_curves(folder: str | Path, ds, *, n_images: int = 8) -> Path:
     classifier = Classifier.from_pretrained(run.model)
     if not classifier.mpp_range:
         raise ValueError(f"{run.model} states no scale: it was trained on images of unknown micrometres per pixel")
+    recorded = run.config["cell"]
+    if recorded.get("data", table_digest(ds)) != table_digest(ds):
+        named = f": {recorded['data_source']}" if recorded.get("data_source") else ""
+        raise ValueError(f"{run.folder} was made from other data{named}; give the same")
     rows, input_mpp = _tested_rows(run, ds, n_images)
     fields = virtual_fields(ds, rows, input_mpp, classifier) or photographed_fields(ds, rows, classifier.size)
     table = zoom_curves(classifier, fields)
