@@ -30,7 +30,7 @@ from magnification_invariant.files import cache_root
 
 _logger = logging.getLogger(__name__)
 
-VERSION = 3  # raise it when the pixels that a source gives would change
+VERSION = 4  # raise it when the pixels that a source gives would change
 
 
 class _Cache:

@@ -125,8 +125,11 @@ def colour_16_bit(folder, rng):
 
 def palette(folder, rng):
     image = picture(rng).quantize(int(rng.choice([2, 16, 256])))
-    options = {"transparency": 0} if rng.integers(2) else {}
-    return save(image, folder / (NAME + ".png"), **options), image.convert("RGB")
+    right, options = np.array(image.convert("RGB")), {}
+    if rng.integers(2):
+        options = {"transparency": 0}
+        right[np.asarray(image) == 0] = 255  # shown on white
+    return save(image, folder / (NAME + ".png"), **options), Image.fromarray(right)
 
 
 def other_mode(folder, rng):
