@@ -78,15 +78,6 @@ def breakhis_tree(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def breakhis_mini() -> Path:
-    """A part of the real data set beside the repository, where there is one."""
-    folder = Path(__file__).parents[2] / "shared" / "breakhis-mini"
-    if not folder.is_dir():
-        pytest.skip(f"no {folder}")
-    return folder
-
-
-@pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """A model folder with signature: an untrained tiny network of 64 pixels that knows 0.2 to 0.8 um/px."""
     import timm
