@@ -116,7 +116,7 @@ def _cfg(**kwargs) -> dict:
         "label_names": ("benign", "malignant"),
         "input_size": (3, 224, 224),
         "pool_size": (7, 7),
-        "crop_pct": 0.875,
+        "crop_pct": 1.0,  # the middle tile of the view that records are made in
         "interpolation": "bilinear",
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,

@@ -171,7 +171,7 @@ def test_preprocessing_is_stated(name):
     config = timm.data.resolve_model_data_config(create(name))
     assert config["mean"] == timm.data.IMAGENET_DEFAULT_MEAN
     assert config["std"] == timm.data.IMAGENET_DEFAULT_STD
-    assert (config["interpolation"], config["crop_pct"]) == ("bilinear", 0.875)
+    assert (config["interpolation"], config["crop_pct"]) == ("bilinear", 1.0)
     size = {TINY: 160, "magdg_resnet18": 64}.get(name, 224)  # the packaged weights are of 64 pixels
     assert config["input_size"] == (3, size, size)
 
