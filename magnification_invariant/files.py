@@ -57,9 +57,16 @@ def whole(path: str | os.PathLike) -> Iterator[Path]:
             if file.is_file():
                 with open(file, "rb") as written:
                     os.fsync(written.fileno())
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(unfinished, path)
+        replaced = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
+        if path.is_dir():  # a folder cannot be replaced by one: it steps aside, and comes back if that fails
+            os.replace(path, replaced)
+        try:
+            os.replace(unfinished, path)
+        except OSError:
+            if replaced.is_dir():
+                os.replace(replaced, path)
+            raise
+        _remove(replaced)
     except BaseException as error:
         _remove(unfinished)
         # safetensors and torch report a full disk as errors of their own

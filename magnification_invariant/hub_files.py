@@ -9,6 +9,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,7 @@ def snapshot(repo_or_folder: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     repo, revision = _repo_and_revision(repo_or_folder, revision)
-    patterns = list(SAFE_FILES)
-    fetch = lambda: snapshot_download(repo, revision=revision, allow_patterns=patterns)  # noqa: E731
+    fetch = partial(snapshot_download, repo, revision=revision, allow_patterns=list(SAFE_FILES))
     folder = Path(_fetched(repo_or_folder, "its files", fetch))
     for pattern in SAFE_FILES:
         for path in folder.rglob(pattern):

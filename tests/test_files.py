@@ -129,3 +129,18 @@ def test_json_has_no_nan_and_knows_numpy(tmp_path):
     path.write_text('{"half":')
     with pytest.raises(ValueError, match=r"results\.json is not JSON, or damaged.*fetch or write it again"):
         read_json(path)
+
+
+def test_a_folder_that_cannot_be_replaced_is_still_there(tmp_path, monkeypatch):
+    path, replace = tmp_path / "results", os.replace
+    write_old(path, True)
+
+    def refuse(source, target):
+        if os.path.isdir(os.path.join(source, "new")):
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(CannotWrite, match="What was there before is kept"), whole(path) as unfinished:
+        (unfinished / "new").mkdir(parents=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["results"] and (path / "old").read_text() == "before"

@@ -156,6 +156,9 @@ for status in (429, 500, 503):  # what passes is waited for
     fault("HEAD .*resolve/main/config.json", status)
     read()
     shutil.rmtree("home")
+    fault("GET .*/api/models", status)  # the client itself does not try this again
+    snapshot("me/model")
+    shutil.rmtree("home")
 
 soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, hard))  # as a full disk: no file can become larger

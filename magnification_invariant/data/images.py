@@ -127,6 +127,12 @@ def open_image(encoded: Encoded) -> Image.Image:
 
 
 def opened(file: str | os.PathLike | BinaryIO) -> Image.Image:
+    """`PIL.Image.open` with `MOST_PIXELS` as the limit.
+
+    Raises:
+        ValueError: It has more pixels.
+        OSError: It cannot be read, or is not an image.
+    """
     try:
         image = Image.open(file)
         pixels = image.width * image.height

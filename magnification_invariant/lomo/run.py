@@ -28,7 +28,7 @@ from magnification_invariant.data.splits import (
 )
 from magnification_invariant.data.views import CROP_PCT, DRAWS, cache_height, field_mpp, random_view, view_mpp
 from magnification_invariant.engine import Diverged, TrainRows, fit, normalisation, predict
-from magnification_invariant.files import Busy, locked, read_json, remove_unfinished, write_json
+from magnification_invariant.files import locked, read_json, remove_unfinished, write_json
 from magnification_invariant.lomo.cell import Cell, is_finished
 from magnification_invariant.model_folder import load_backbone, seen_by, source_name, write_model_folder
 from magnification_invariant.records import (
@@ -148,15 +148,15 @@ def _claimed(folder: Path, accelerator) -> Iterator[None]:
         return
     from accelerate.utils import broadcast_object_list
 
-    lock, refused = locked(folder), [""]
+    lock, refused = locked(folder), [None]
     if accelerator.is_main_process:
         try:
             lock.__enter__()
-        except Busy as error:
-            refused = [str(error)]
+        except OSError as error:  # Busy, or no lock can be made: the others must not wait for this process
+            refused = [error]
     broadcast_object_list(refused)
     if refused[0]:
-        raise Busy(refused[0])
+        raise refused[0]
     try:
         yield
     finally:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -227,10 +228,8 @@ class Classifier:
             row["warning"] = "; ".join(notes) or None
         except Exception as error:  # Pillow raises whatever its decoders do; one bad file must not stop the others
             text = str(error) or type(error).__name__
-            row["error"], loaded.view = (
-                text.encode("utf-8", "backslashreplace").decode(),
-                None,
-            )  # names in it may be odd
+            loaded.view = None
+            row["error"] = text.encode("utf-8", "backslashreplace").decode()  # names in it may be odd
         return loaded
 
     @property
@@ -290,11 +289,16 @@ class Classifier:
             raise ValueError(rows[0]["error"])
         return np.array([row["mpp"] for row in rows]), np.array([row["probability"] for row in rows], float)
 
+    @cached_property
+    def records(self) -> Run:
+        """What its run recorded; read once."""
+        return Run(self.folder)
+
     def reliability(self, probability: float) -> str:
         """What became of images that were given about this probability, in a sentence; by the model's own records."""
         virtual = " Trained on virtual slides: it says nothing about patients."
         note = virtual if self.config.get("trained_on") == "virtual" else ""
-        run = Run(self.folder)
+        run = self.records
         kinds = {"test_normalised": "an unseen magnification, at a seen scale", "test": "an unseen magnification"}
         kinds |= {"test_source": "patients that were never seen", "val": "validation patients"}
         there = run.parts if (run.folder / "predictions.parquet").is_file() else []

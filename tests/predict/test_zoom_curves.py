@@ -193,6 +193,11 @@ def test_what_does_not_fit_is_refused(slides, tiny_model, breakhis_tree, tmp_pat
     with pytest.raises(ValueError, match="photographed at its own magnification"):
         write_zoom_curves(tmp_path / "cell", ds.add_column("rescaled", [True] * len(ds)))
     assert main(["zoom", str(tmp_path), "--data", str(slides)]) == 2
+    cell = {"method": "erm", "held_out": 100, "fold": 0, "seed": 0, "data": "another digest", "data_source": "virtual"}
+    shutil.copytree(tmp_path / "cell", tmp_path / "digested")
+    Run(tmp_path / "digested").write_config({"cell": cell, "settings": {}})
+    with pytest.raises(ValueError, match="was made from other data: virtual; give the same"):
+        write_zoom_curves(tmp_path / "digested", ds)
     old = tmp_path / "slides"
     shutil.copytree(slides, old)
     truth = json.loads((old / SIDECAR).read_text())
