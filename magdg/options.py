@@ -90,7 +90,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--zoom", action="store_true", help=f"train with continuous zoom, in [1 / {ZOOM}, {ZOOM}]")
     sizes = f"{FitConfig.image_size}, on virtual slides {VIRTUAL_IMAGE_SIZE}"
     add_dataclass_flags(parser, FitConfig, skip=("seed", "zoom"), image_size=sizes)
-    add_dataclass_flags(parser, Cell, threads="all")
+    add_dataclass_flags(parser, Cell, threads="all", init="imagenet; on virtual slides none, but for frozen")
     add("--output-dir", type=Path, default=Path("runs"), help="one folder a cell is made in it; default: %(default)s")
 
 
@@ -111,6 +111,7 @@ def grid_settings(args: argparse.Namespace, methods: list[str]) -> dict[str, Any
             raise ValueError(f"{flag(name)} is an option of {', '.join(owners[name])}, not of {', '.join(methods)}")
     size = VIRTUAL_IMAGE_SIZE if is_virtual(args.data) else FitConfig.image_size
     values = {"threads": os.cpu_count() or 1, "image_size": size, "zoom": ZOOM if args.zoom else FitConfig.zoom}
+    values |= {} if is_virtual(args.data) else {"init": "imagenet"}
     values |= RECIPES[args.recipe] | typed
     return {"options": options, "fit": FitConfig(**given(FitConfig, values)), **given(Cell, values)}
 

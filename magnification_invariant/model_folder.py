@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -240,48 +241,113 @@ _CHECKS = {
 }
 
 
-def load_backbone(model: torch.nn.Module, source: str) -> dict[str, Any]:
-    """Start `model` from the backbone of other weights; its heads keep their own initialisation.
+@dataclass(frozen=True)
+class Start:
+    """Weights that a run starts from, found and on this machine.
+
+    Attributes:
+        source: Hub repository, folder or file; recorded.
+        file: of the weights, safetensors.
+        timm_name: timm's architecture, where the weights are timm's own and timm knows how to read them.
+        patients: that the weights have seen; None where their config does not say.
+        magnifications: likewise.
+        pretrained_cfg: of the weights' config; mean, std and license are used.
+    """
+
+    source: str
+    file: Path
+    timm_name: str | None = None
+    patients: list | None = None
+    magnifications: list | None = None
+    pretrained_cfg: dict[str, Any] = field(default_factory=dict)
+
+
+def find_start(arch: str, init: str) -> Start | None:
+    """What ``--init`` means for an architecture; fetched from the Hub if needed.
 
     Args:
-        source: a ``.safetensors`` file, or a folder or Hub repository with ``model.safetensors``.
-
-    Returns:
-        Where the weights come from: ``source``, ``sha256``, and the ``patients`` and ``magnifications`` that they have
-        seen (None where the source does not say).
+        arch: timm's or ours, by name, or a place with ``hf-hub:`` or ``local-dir:`` before it.
+        init: "none" (random weights), "imagenet" (timm's default weights of the architecture; of a place, its own), a
+            ``.safetensors`` file, or a folder or Hub repository with ``model.safetensors``.
 
     Raises:
-        ValueError: the file lacks a tensor of the backbone or has one of another shape.
+        ValueError: timm has no weights of that architecture.
+        OSError: The weights cannot be had; says the ways on.
     """
-    is_file = source.endswith(".safetensors")
-    path = Path(source).expanduser() if is_file else resolve(source, "model.safetensors")
+    if init == "none":
+        return None
+    if init.endswith(".safetensors"):
+        return Start(init, Path(init).expanduser())
+    if init == "imagenet" and ":" not in arch:
+        return _timm_start(arch)
+    place = (arch if init == "imagenet" else init).removeprefix("local-dir:").removeprefix("hf-hub:")
+    file = resolve(place, "model.safetensors")
+    try:
+        config = read_json(resolve(place, "config.json"))
+    except FileNotFoundError:
+        config = {}
+    stated = config if isinstance(config, dict) else {}
+    seen = stated.get("seen", {})
+    known = {name: seen.get(name) for name in ("patients", "magnifications")}
+    return Start(place, file, **known, pretrained_cfg=stated.get("pretrained_cfg", {}))
+
+
+def _timm_start(arch: str) -> Start:
+    name = plain_architecture(arch)
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is None or not cfg.hf_hub_id:
+        raise ValueError(
+            f"timm has no weights of {name} to start from: take another architecture, give a folder, file or Hub "
+            "repository (--init PLACE), or start from random weights (--init none)"
+        )
+    try:
+        file = resolve(cfg.hf_hub_id, "model.safetensors")
+    except OSError as error:
+        raise FileNotFoundError(
+            f"the ImageNet weights {cfg.hf_hub_id} cannot be had ({error.__cause__ or error}). Three ways on: reach "
+            "the Hub or point HF_ENDPOINT to a mirror; give a folder, file or repository that has weights of "
+            f"{name} (--init PLACE); or start from random weights (--init none)"
+        ) from error
+    return Start(cfg.hf_hub_id, file, name, pretrained_cfg=cfg.to_dict())
+
+
+def load_start(model: torch.nn.Module, start: Start) -> dict[str, Any]:
+    """Start `model` from the backbone of other weights; its heads keep their own initialisation.
+
+    The mean and std that the weights expect of pixels become the model's.
+
+    Returns:
+        What is recorded: ``source``, ``sha256``, ``license``, and the ``patients`` and ``magnifications`` seen.
+
+    Raises:
+        ValueError: The file lacks a tensor of the backbone or has one of another shape.
+    """
     heads = head_prefixes(model)
-    given = {k: v for k, v in read_weights(path).items() if not k.startswith(heads)}
+    given = _timm_weights(model, start) if start.timm_name else read_weights(start.file)
+    given = {k: v for k, v in given.items() if not k.startswith(heads)}
     wanted = {k: v for k, v in model.state_dict().items() if not k.startswith(heads)}
     wrong = sorted(k for k in wanted if k not in given or given[k].shape != wanted[k].shape)
     if wrong or given.keys() - wanted.keys():
         raise ValueError(
-            f"{path} does not hold the backbone of {type(model).__name__}: missing or of another shape "
+            f"{start.file} does not hold the backbone of {type(model).__name__}: missing or of another shape "
             f"{wrong[:5]}, not part of it {sorted(given.keys() - wanted.keys())[:5]}"
         )
     model.load_state_dict(given, strict=False)
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    stated = {name: tuple(start.pretrained_cfg[name]) for name in ("mean", "std") if name in start.pretrained_cfg}
+    model.pretrained_cfg = {**model.pretrained_cfg, **stated}
     return {
-        "source": source,
-        "sha256": sha256,
-        **({"patients": None, "magnifications": None} if is_file else seen_by(source)),
+        "source": start.source,
+        "sha256": hashlib.sha256(start.file.read_bytes()).hexdigest(),
+        "license": start.pretrained_cfg.get("license"),
+        "patients": start.patients,
+        "magnifications": start.magnifications,
     }
 
 
-def seen_by(source: str) -> dict[str, list | None]:
-    """``patients`` and ``magnifications`` that weights have seen, as their config says; None where it does not.
-
-    Args:
-        source: folder or Hub repository, with or without timm's prefix; a bare timm name says nothing.
-    """
-    is_place = ":" in source or Path(source).is_dir() or "/" in source
-    seen = {}
-    if is_place:
-        config = read_json(resolve(source.removeprefix("local-dir:"), "config.json"))
-        seen = config.get("seen", {}) if isinstance(config, dict) else {}
-    return {"patients": seen.get("patients"), "magnifications": seen.get("magnifications")}
+def _timm_weights(model: torch.nn.Module, start: Start) -> dict[str, torch.Tensor]:
+    """timm's own weights, through timm's own loader, which renames and resizes what older files hold."""
+    overlay = {"file": str(start.file)}
+    given = timm.create_model(start.timm_name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0)
+    if hasattr(given, "set_input_size"):
+        given.set_input_size(img_size=model.patch_embed.img_size)
+    return given.state_dict()

@@ -19,6 +19,7 @@ from magnification_invariant.tasks.task import option
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--model", "test_magdg_resnet", "--image-size", "32", "--batch-size", "8", "--threads", "1", "--n-folds", "4"]
+SMALL += ["--init", "none"]
 
 
 def lomo(tree, output, *more: str) -> int:

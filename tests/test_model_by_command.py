@@ -11,7 +11,18 @@ from magnification_invariant.models.magdg import PACKAGED
 from magnification_invariant.virtual_slides import render_field, virtual_field
 
 RUN = ["--methods", "erm", "--held-out", "40", "--folds", "0", "--n-folds", "3", "--epochs", "1", "--batch-size", "8"]
-RUN += ["--model", "test_magdg_resnet", "--image-size", "32", "--learning-rate", "3e-3", "--threads", "1"]
+RUN += [
+    "--model",
+    "test_magdg_resnet",
+    "--image-size",
+    "32",
+    "--learning-rate",
+    "3e-3",
+    "--threads",
+    "1",
+    "--init",
+    "none",
+]
 
 
 @pytest.fixture(scope="module")

@@ -82,21 +82,24 @@ def rescale(image_or_ds, mpp: float, *, native_mpp: float | None = None, image_c
     return _mapped(image_or_ds, arguments)
 
 
-def digital_zoom(ds, magnifications: tuple[int, ...], *, image_column: str = "image"):
-    """Makes other magnifications from images of one: every image once at each, resampled, with the same pixels.
+def digital_zoom(ds, magnifications: tuple[int, ...], *, fields: int = 1, image_column: str = "image"):
+    """Makes other magnifications from images of one, resampled, with the same pixels.
 
     A microscope's camera keeps its number of pixels while the field shrinks with the magnification. So all images
     get the size in pixels that the whole field has at the lowest magnification made (at most their own), and show
-    the middle of the field. Magnifications above the given one are upsampled: larger, but no sharper.
+    the middle of the field, or several fields of it. Magnifications above the given one are upsampled: larger, but no
+    sharper.
 
     Args:
         ds: A table with columns `mpp`, `magnification` (one value) and `filename`.
         magnifications: To make, (40, 100, 200, 400) for example.
+        fields: An axis, evenly spread, that are made of an image above the given magnification; 1 is the middle.
         image_column: Of the table.
 
     Returns:
-        A table with a row an image and magnification: `magnification`, `mpp` and `image` made anew, `filename` marked
-        by "@40X", and `rescaled` true unless the magnification is the given one. Call results on it "rescaled".
+        A table with a row a field and magnification: `magnification`, `mpp` and `image` made anew, `filename` marked
+        by "@40X" (of several fields "@200X-0", ...), and `rescaled` true unless the magnification is the given one.
+        Call results on it "rescaled".
 
     Raises:
         ValueError: A column is missing, or the table has several magnifications.
@@ -111,8 +114,10 @@ def digital_zoom(ds, magnifications: tuple[int, ...], *, image_column: str = "im
     parts = []
     for magnification in magnifications:
         arguments = {"column": image_column, "zoom": magnification / given[0], "size": shrink}
-        arguments |= {"magnification": int(magnification)}
-        parts.append(_mapped(ds, arguments))
+        places = np.linspace(0, 1, fields).tolist() if fields > 1 and magnification > given[0] else [0.5]
+        for i, place in enumerate((x, y) for y in places for x in places):
+            name = f"@{magnification}X" + f"-{i}" * (len(places) > 1)
+            parts.append(_mapped(ds, arguments | {"name": name, "magnification": int(magnification), "place": place}))
     return datasets.concatenate_datasets(parts)
 
 
@@ -131,21 +136,29 @@ def _mapped(ds, arguments: dict) -> "datasets.Dataset":
     return ds.map(_rescaled_row, fn_kwargs=arguments, features=features, desc="resampling")
 
 
-def _rescaled_row(row: dict, column: str, size: float | None, mpp=None, zoom=None, magnification=None) -> dict:
+def _rescaled_row(
+    row: dict, column: str, size: float | None, mpp=None, zoom=None, magnification=None, name="", place=(0.5, 0.5)
+) -> dict:
     target = mpp if mpp is not None else row["mpp"] / zoom
     image = to_rgb(row[column])
     box = size and (max(1, int(image.width * size + 1e-6)), max(1, int(image.height * size + 1e-6)))
     changed = not np.isclose(target, row["mpp"])
-    image = _resample(image, row["mpp"], target, box)
+    image = _resample(image, row["mpp"], target, box, place)
     new = {column: _png(image), "mpp": target, "rescaled": bool(changed or row.get("rescaled"))}
     if magnification is not None:
-        name = PurePath(row["filename"])
-        new |= {"magnification": magnification, "filename": f"{name.stem}@{magnification}X{name.suffix}"}
+        path = PurePath(row["filename"])
+        new |= {"magnification": magnification, "filename": path.stem + name + path.suffix}
     return new
 
 
-def _resample(image: Image.Image, native: float | None, mpp: float, size: tuple[int, int] | None = None) -> Image.Image:
-    """The middle of `image` at `mpp`: `size` pixels, by default all that the field holds."""
+def _resample(
+    image: Image.Image, native: float | None, mpp: float, size: tuple[int, int] | None = None, place=(0.5, 0.5)
+) -> Image.Image:
+    """A part of `image` at `mpp`, by default its middle: `size` pixels, by default all that the field holds.
+
+    Args:
+        place: of the part, from (0, 0), the upper left corner, to (1, 1), the lower right one.
+    """
     if not (native and native > 0 and mpp > 0):
         raise ValueError(f"Scales are positive micrometres per pixel, not {native!r} to {mpp!r}; pass native_mpp.")
     image = to_rgb(image)
@@ -153,7 +166,7 @@ def _resample(image: Image.Image, native: float | None, mpp: float, size: tuple[
     width, height = size or (int(image.width / step + 1e-6), int(image.height / step + 1e-6))
     if not width or not height:
         raise ValueError(f"An image of {image.width} x {image.height} pixels has no whole one at {mpp} um/px.")
-    left, top = (image.width - width * step) / 2, (image.height - height * step) / 2
+    left, top = (image.width - width * step) * place[0], (image.height - height * step) * place[1]
     box = (max(0.0, left), max(0.0, top), min(image.width, left + width * step), min(image.height, top + height * step))
     return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
 

@@ -46,7 +46,9 @@ class Cell:
     split_seed: int = option(0, "deals patients to groups")
     split: str | None = option(None, "split by the folds that `magdg split` wrote to this file instead")
     model: str | None = option(None, "timm architecture; by default the method's own ResNet-18")
-    init: str | None = option(None, "start from the backbone of a .safetensors file, model folder or Hub repository")
+    init: str | None = option(
+        None, "weights to start from: imagenet (timm's), none, or a .safetensors file, model folder or Hub repository"
+    )
     allow_seen_init: bool = option(False, "accept a start that saw the test; marked in every table")
     embedding: str = option("penultimate", "what signatures are made of", choices=("penultimate", "pyramid"))
     mixed_precision: str = option("no", "of training", choices=("no", "bf16", "fp16"))
@@ -57,8 +59,12 @@ class Cell:
 
     def __post_init__(self):
         object.__setattr__(self, "fit", replace(self.fit, seed=self.seed))
-        if self.method not in FLOORS and self.options is None:
+        if self.method in FLOORS:
+            return
+        if self.options is None:
             object.__setattr__(self, "options", get_task(self.method).Options())
+        if self.init is None:
+            object.__setattr__(self, "init", "imagenet" if get_task(self.method).pretrained else "none")
 
     def with_settings(self, settings: dict[str, Any]) -> "Cell":
         """This cell with settings by name, be they its own, of `fit` or of the method's options.
@@ -77,6 +83,11 @@ class Cell:
         return replace(self, **changes)
 
     @property
+    def architecture(self) -> str:
+        """The network that is trained; a floor has none."""
+        return self.model or get_task(self.method).arch
+
+    @property
     def settings(self) -> dict[str, Any]:
         """Exactly what the method reads, by name, but the data, the split and the seed.
 
@@ -87,7 +98,7 @@ class Cell:
         own = ("model", "init", "allow_seen_init", "embedding", "mixed_precision", "calibrate")
         fit = {name: value for name, value in asdict(self.fit).items() if name not in ("seed", *NOT_READ)}
         named = {name: getattr(self, name) for name in own}
-        return {**named, "model": self.model or get_task(self.method).arch, **fit, **asdict(self.options)}
+        return {**named, "model": self.architecture, **fit, **asdict(self.options)}
 
     @property
     def settings_sha256(self) -> str:
@@ -96,10 +107,12 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Of its folder: method, zoom and image size in words; other settings than the defaults as six digits."""
+        """Of its folder: method, start, zoom and image size in words; what else is not default as six digits."""
         words = [self.method.replace(":", "."), *self._words, self.held_out_name, f"fold{self.fold}"]
         words += [f"seed{self.seed}"] * (self.method not in FLOORS)
-        plain = Cell(self.method, self.held_out, fit=FitConfig(zoom=self.fit.zoom, image_size=self.fit.image_size))
+        init = self.init if self.init == "imagenet" else None
+        fit = FitConfig(zoom=self.fit.zoom, image_size=self.fit.image_size)
+        plain = Cell(self.method, self.held_out, init=init, fit=fit)
         unusual = {**self.settings, "split": self._split}, {**plain.settings, "split": plain._split}
         if unusual[0] != unusual[1]:
             words.append(hashlib.sha256(json.dumps(unusual[0], sort_keys=True).encode()).hexdigest()[:6])
@@ -107,9 +120,10 @@ class Cell:
 
     @property
     def _words(self) -> list[str]:
+        start = ["imagenet"] * (self.settings.get("init") == "imagenet" and not get_task(self.method).pretrained)
         zoom = [f"zoom{self.fit.zoom:g}" if self.fit.zoom != ZOOM else "zoom"] * ("zoom" in self.settings)
         size = [f"{self.fit.image_size}px"] * ("image_size" in self.settings)
-        return zoom * (self.fit.zoom != 1) + size * (self.fit.image_size != FitConfig().image_size)
+        return start + zoom * (self.fit.zoom != 1) + size * (self.fit.image_size != FitConfig().image_size)
 
     @property
     def held_out_name(self) -> str:

@@ -15,6 +15,7 @@ from magnification_invariant.engine import Diverged
 from magnification_invariant.files import Busy, locked
 from magnification_invariant.lomo.cell import Cell, is_finished
 from magnification_invariant.lomo.run import run_cell
+from magnification_invariant.model_folder import find_start
 from magnification_invariant.tasks import get_task
 from magnification_invariant.tasks.floors import FLOORS
 
@@ -74,9 +75,15 @@ def run_grid(
 
     Returns:
         Folders of the finished cells.
+
+    Raises:
+        OSError: the weights to start from cannot be had; nothing was trained.
     """
     output = Path(output)
     arguments = (cells, ds, output, data_source, say)
+    to_train = [cell for cell in cells if cell.method not in FLOORS and not is_finished(output / cell.name, cell, ds)]
+    for arch, init in sorted({(cell.architecture, cell.init) for cell in to_train}):
+        find_start(arch, init)  # before anything that takes long
     if workers == 1:
         _work(0, *arguments, accelerator=accelerator)
     else:

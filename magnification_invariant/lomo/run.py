@@ -30,7 +30,7 @@ from magnification_invariant.data.views import CROP_PCT, DRAWS, cache_height, fi
 from magnification_invariant.engine import Diverged, TrainRows, fit, normalisation, predict
 from magnification_invariant.files import locked, read_json, remove_unfinished, write_json
 from magnification_invariant.lomo.cell import Cell, is_finished
-from magnification_invariant.model_folder import load_backbone, seen_by, source_name, write_model_folder
+from magnification_invariant.model_folder import find_start, load_start, source_name, write_model_folder
 from magnification_invariant.records import (
     KEYS,
     NORMALISED,
@@ -344,16 +344,12 @@ def _create_task(job: _Job, num_domains: int) -> tuple[Task, dict]:
     cell, ds, split = job.cell, job.ds, job.split
     method = get_task(cell.method)
     torch.manual_seed(cell.seed)
-    arch = cell.model or method.arch
     classes = ds.features["label"].num_classes
     size = cell.fit.image_size
-    model = method.create_model(arch, num_classes=classes, num_domains=num_domains, image_size=size)
-    start = {"source": None}
-    if cell.init:
-        start = load_backbone(model, cell.init)
-    elif method.pretrained:
-        start = {"source": arch, **seen_by(arch)}
-    if start["source"]:
+    model = method.create_model(cell.architecture, num_classes=classes, num_domains=num_domains, image_size=size)
+    source = find_start(cell.architecture, cell.init)
+    start = load_start(model, source) if source else {"source": None}
+    if source:
         tested = set(job.columns["patient"][[*split.val, *split.test, *split.test_source]])
         patients = sorted(tested & set(start["patients"] or []))
         domain = cell.held_out in (start["magnifications"] or [])
@@ -412,7 +408,7 @@ def _signature(embeddings: dict, split: Split, columns: dict) -> tuple[SparseSig
 
 
 def _model_name(job: _Job, source: str) -> str:
-    arch = job.cell.model or get_task(job.cell.method).arch
+    arch = job.cell.architecture
     name = f"{arch}.{source}_{job.cell.held_out_name}" if len(job.split.test) else f"{arch}.{source}"
     if _NAMED_AFTER.get(arch) != job.cell.method:
         name += "_" + job.cell.method.replace(":", ".")

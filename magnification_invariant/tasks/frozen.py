@@ -1,11 +1,8 @@
 """Regularised logistic regression on the features of a frozen pretrained network (a linear probe)."""
 
-import warnings
 from dataclasses import dataclass
 
-import timm
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from magnification_invariant.models import linear_classifier, pooled_features
 from magnification_invariant.tasks.options import option
@@ -22,10 +19,11 @@ class Frozen(Task):
     the same loop as every other method, with the same batches, augmentation, steps and average of weights, instead of
     to convergence. The run's weight decay is not applied beside the penalty.
 
-    `create_model` loads the weights that timm has, so ``--model`` is a timm name, ``hf-hub:...`` or ``local-dir:...``.
+    It starts from ImageNet weights unless ``--init`` says otherwise; ``--model`` is any network of timm, by name or as
+    ``hf-hub:...`` or ``local-dir:...``, whose own weights are then taken.
 
     Raises:
-        ValueError: If the model's classifier is not one linear map, or its input is not normalised as ImageNet's.
+        ValueError: If the model's classifier is not one linear map.
     """
 
     @dataclass(frozen=True)
@@ -38,23 +36,8 @@ class Frozen(Task):
     def __init__(self, model, options=None):
         super().__init__(model, options)
         head = linear_classifier(model)
-        expected = {name: tuple(model.pretrained_cfg[name]) for name in ("mean", "std")}
-        if expected != {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}:
-            raise ValueError(f"images are normalised by ImageNet's mean and std here, and the model expects {expected}")
         model.requires_grad_(False)
         head.requires_grad_(True)
-
-    @classmethod
-    def create_model(cls, arch, *, num_classes, num_domains, **kwargs):
-        known = ":" in arch or timm.models.is_model_pretrained(arch)
-        if not known:
-            warnings.warn(
-                f"timm has no weights for {arch}: its features are those of a random network unless --init gives some",
-                stacklevel=2,
-            )
-        model = super().create_model(arch, num_classes=num_classes, num_domains=num_domains, pretrained=known, **kwargs)
-        model.reset_classifier(num_classes)  # the file's own head may fit, and has seen who knows what
-        return model
 
     @property
     def players(self):

@@ -52,7 +52,7 @@ class Task(nn.Module):
         __post_init__ = check_options
 
     arch = ""
-    pretrained = False  # whether `create_model` loads weights
+    pretrained = False  # whether it starts from ImageNet weights unless told otherwise
 
     def __init__(self, model: nn.Module, options: Any = None):
         super().__init__()

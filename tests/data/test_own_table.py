@@ -27,6 +27,7 @@ SCANNERS = ("scanner a", "scanner b", "scanner c")
 NAMES = {"image_column": "picture", "label_column": "diagnosis", "domain_column": "scanner", "group_column": "case"}
 FLAGS = ["--image-column", "picture", "--label-column", "diagnosis", "--domain-column", "scanner"]
 SMALL = ["--model", "test_magdg_resnet", "--image-size", "32", "--batch-size", "8", "--threads", "1", "--n-folds", "4"]
+SMALL += ["--init", "none"]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -111,3 +112,23 @@ def test_digital_zoom_keeps_the_other_columns(breakhis_tree):
     zoomed = digital_zoom(ds, (40, 100))
     assert zoomed.column_names == [*ds.column_names, "rescaled"]
     assert zoomed["patient"][:] == ds["patient"][:] * 2 and zoomed.features["label"] == ds.features["label"]
+
+
+def test_digital_zoom_of_several_fields_tiles_the_image(breakhis_tree):
+    """At twice the magnification the four corner fields are the quarters of the upsampled image."""
+    ds = load_breakhis(breakhis_tree)
+    ds = ds.select([i for i, magnification in enumerate(ds["magnification"]) if magnification == 100][:1])
+    zoomed = digital_zoom(ds, (100, 200), fields=2)
+    whole, *quarters = (np.asarray(image, int) for image in zoomed["image"])
+    assert [Path(name).stem.partition("@")[2] for name in zoomed["filename"]] == [
+        "100X",
+        *(f"200X-{i}" for i in range(4)),
+    ]
+    height, width = whole.shape[:2]
+    doubled = np.asarray(ds[0]["image"].resize((2 * width, 2 * height), Image.Resampling.LANCZOS), int)
+    for i, quarter in enumerate(quarters):
+        top, left = (i // 2) * height, (i % 2) * width
+        expected = doubled[top : top + height, left : left + width]
+        inside = np.s_[8:-8, 8:-8]  # Lanczos sees beyond a field's edge only in the doubled image
+        assert np.abs(quarter[inside] - expected[inside]).max() <= 1
+    assert zoomed["mpp"] == [ds[0]["mpp"], *[ds[0]["mpp"] / 2] * 4]

@@ -60,7 +60,7 @@ def test_nothing_of_the_test_reaches_the_model(ds, tmp_path, method, monkeypatch
     monkeypatch.setattr(MagGAN, "size", 16)
     monkeypatch.setattr(MagGAN, "width", 4)
     # 40X is coarser than all that is trained on, so that it is another image when it is shown scale-normalised
-    cell = Cell(method, 40, n_folds=4, model="test_magdg_resnet", fit=FIT)
+    cell = Cell(method, 40, n_folds=4, model="test_magdg_resnet", init="none", fit=FIT)
     cell = cell.with_settings({"gan_epochs": 1} if method == "gan" else {})
     # The split is made once: from the labels that are poisoned, others would follow.
     split = leave_one_magnification_out(ds, cell.held_out, n_folds=cell.n_folds)

@@ -274,18 +274,6 @@ def test_the_frozen_head_is_regularised_logistic_regression():
     assert np.allclose(log_odds, sklearn.decision_function(z.double().numpy()), atol=2e-3)
 
 
-def test_frozen_starts_from_timms_weights_with_a_head_of_its_own(tmp_path):
-    source = timm.create_model("test_resnet", num_classes=2)
-    timm.models.save_for_hf(source, tmp_path, model_config={"label_names": ["a", "b"]}, safe_serialization=True)
-    model = Frozen.create_model(f"local-dir:{tmp_path}", num_classes=2, num_domains=3)
-    assert torch.equal(model.layer1[0].conv1.weight, source.layer1[0].conv1.weight)
-    assert not torch.equal(model.fc.weight, source.fc.weight)
-    with pytest.warns(UserWarning, match="timm has no weights for test_magdg_resnet"):
-        Frozen.create_model(ARCH, num_classes=2, num_domains=3)
-    with pytest.raises(ValueError, match="normalised by ImageNet's"):
-        Frozen(timm.create_model("test_vit", num_classes=2))
-
-
 # --------------------------------------------------------------------------------------------------- all of them
 
 

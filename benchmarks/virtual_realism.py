@@ -4,12 +4,12 @@ The real images are a part of BreaKHis that lies beside the repository; no pixel
 patients are cut by class into two halves (breakhis_mini_halves.json, made once): *look*, which the generator may be
 tuned against, and *locked*, which is scored once for a generator that is final and once for released weights.
 
-    python benchmarks/real_tissue.py                 # measures and montages of the half *look*
-    python benchmarks/real_tissue.py --score look    # train on virtual slides alone, test on real 100X; is logged
-    python benchmarks/real_tissue.py --score look locked     # a final generator: the same network on both halves
-    python benchmarks/real_tissue.py --score look --dry --patients 8 --epochs 1   # the same path on virtual patients
+    python benchmarks/virtual_realism.py                 # measures and montages of the half *look*
+    python benchmarks/virtual_realism.py --score look    # train on virtual slides alone, test on real 100X; is logged
+    python benchmarks/virtual_realism.py --score look locked     # a final generator: the same network on both halves
+    python benchmarks/virtual_realism.py --score look --dry --patients 8 --epochs 1   # the same path on virtual patients
 
-Every score on real images is appended to results/real_tissue_scores.json before it is shown: the number of looks is
+Every score on real images is appended to results/virtual_realism_scores.json before it is shown: the number of looks is
 part of what a score means.
 """
 
@@ -29,7 +29,7 @@ from PIL import Image
 
 HERE = Path(__file__).parent
 HALVES = HERE / "breakhis_mini_halves.json"
-SCORES = HERE / "results" / "real_tissue_scores.json"
+SCORES = HERE / "results" / "virtual_realism_scores.json"
 MAGNIFICATIONS = (40, 100, 200, 400)
 TRAINED_WITH = ("patients", "training_images", "first_patient", "width", "arch", "image_size", "epochs", "seed")
 NUCLEAR_MPP = 0.5  # nuclei are segmented at this scale, whatever the magnification
@@ -254,13 +254,13 @@ def run_comparison(args) -> None:
     histograms(real, virtual, args, args.output / "stains.png")
     text = (
         f"# Virtual slides (version {GENERATOR_VERSION}) and real tissue\n\n"
-        f"`{' '.join(['python benchmarks/real_tissue.py', *sys.argv[1:]])}`\n\n"
+        f"`{' '.join(['python benchmarks/virtual_realism.py', *sys.argv[1:]])}`\n\n"
         "Real: the half *look* of a part of BreaKHis, most of it re-encoded as JPEG of 500x328 pixels; the virtual "
         "images went the same way. Means over patients. Nuclei are found by a threshold on haematoxylin, the same "
         "for both: the figures compare, they do not count. Montages stay outside the repository.\n\n"
     )
     text += compare(real, virtual, args)
-    (HERE / "results" / "real_tissue.md").write_text(text + scores_text())
+    (HERE / "results" / "virtual_realism.md").write_text(text + scores_text())
     print(f"{text}\nPictures: {args.output}")
 
 
@@ -403,7 +403,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", type=Path, default=HERE.parents[1] / "shared" / "breakhis-mini", help="the part of BreaKHis")
-    add("--output", type=Path, default=HERE.parent / "runs" / "real_tissue", help="for pictures; git ignores it")
+    add("--output", type=Path, default=HERE.parent / "runs" / "virtual_realism", help="for pictures; git ignores it")
     add("--compared", type=int, default=24, help="virtual patients to compare with")
     add("--images", type=int, default=2, help="of a patient at a magnification, to compare")
     add("--first-patient", type=int, default=0, help="number of the first virtual patient")
