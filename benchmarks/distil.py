@@ -23,6 +23,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from magnification_invariant import load_breakhis, load_virtual_slides
+from magnification_invariant.data.splits import deal_folds
 from magnification_invariant.files import whole
 
 SIZE, TEACHER_SIZE = 96, 128
@@ -174,7 +175,7 @@ def main() -> None:
     add("--teacher", required=True, help="a DenseNet of timm, hf-hub: or local-dir:")
     add("--output-dir", type=Path, required=True)
     add("--starts", nargs="*", default=[*map(str, range(N_FOLDS)), "all"], help="which; default: folds and all")
-    add("--epochs", type=int, nargs=2, default=(7, 5), help="first without, then with patients that are tested")
+    add("--epochs", type=int, nargs=2, default=(7, 3), help="first without, then with patients that are tested")
     args = parser.parse_args()
     ds, out = load_breakhis(args.data), args.output_dir
     patient, magnification = np.array(ds["patient"]), np.array(ds["magnification"])
@@ -182,19 +183,43 @@ def main() -> None:
     virtual = load_virtual_slides(300, images_per_magnification=4, size=(350, 230))
     some = np.random.default_rng(0).choice(len(virtual), 2400, replace=False)
     others = np.flatnonzero(~tested)
-    print(f"{len(others)} images of {len(set(patient[others]))} patients without 100X, {tested.sum()} others")
+    print(
+        f"{len(others)} images of {len(set(patient[others]))} patients without 100X, {tested.sum()} others", flush=True
+    )
     sets = [
         taught(out / "virtual", args.teacher, virtual, some, 1),
         taught(out / "untested", args.teacher, ds, others, max(1, 2400 // max(1, len(others)))),
         taught(out / "tested", args.teacher, ds, np.flatnonzero(tested), 6),
     ]
     moments = scales(sets[:2])
+    everything = [np.arange(len(s["row"])) for s in sets[:2]]
     torch.manual_seed(0)
     student, common = Student(), out / "common.pt"
     if not common.exists():
-        everything = [np.arange(len(s["row"])) for s in sets[:2]]
         distil(student, sets, everything, moments, epochs=args.epochs[0], rate=2e-3, seed=0)
         torch.save(student.state_dict(), common)
+    dealt = patients_of(ds)
+    for start in args.starts:
+        folder = out / f"start_{start}"
+        if (folder / "model.safetensors").exists():
+            continue
+        student.load_state_dict(torch.load(common))
+        print(folder.name, flush=True)
+        chosen = np.isin(patient[sets[2]["row"]], dealt[start])
+        rehearsed = [rows[::8] for rows in everything]
+        distil(student, sets, [*rehearsed, np.flatnonzero(chosen)], moments, epochs=args.epochs[1], rate=1e-3, seed=1)
+        seen = np.isin(patient, dealt[start]) | ~tested
+        write_start(folder, student, sorted(set(patient[seen])), np.unique(magnification[seen]).tolist())
+
+
+def patients_of(ds) -> dict[str, list[str]]:
+    """Training patients of each fold, and of the released model ("all": all but the last group, which validates)."""
+    rows = [row for row in zip(ds["patient"], ds["label"], ds["magnification"], strict=True) if row[2] == 100]
+    patients, labels, _ = zip(*rows, strict=True)
+    table = {"patient": patients * 2, "label": labels * 2, "magnification": [100] * len(rows) + [200] * len(rows)}
+    folds = deal_folds(table, n_folds=N_FOLDS).folds
+    dealt = {str(i): fold["train"] for i, fold in enumerate(folds)}
+    return dealt | {"all": sorted(set(patients) - set(folds[-1]["test"]))}
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@ tuned against, and *locked*, which is scored once for a generator that is final 
     python benchmarks/virtual_realism.py                 # measures and montages of the half *look*
     python benchmarks/virtual_realism.py --score look    # train on virtual slides alone, test on real 100X; is logged
     python benchmarks/virtual_realism.py --score look locked     # a final generator: the same network on both halves
-    python benchmarks/virtual_realism.py --score look --dry --patients 8 --epochs 1   # the same path on virtual patients
+    python benchmarks/virtual_realism.py --score look --dry --patients 8 --epochs 1   # on virtual patients
 
-Every score on real images is appended to results/virtual_realism_scores.json before it is shown: the number of looks is
-part of what a score means.
+Every score on real images is appended to results/virtual_realism_scores.json before it is shown: the number of looks
+is part of what a score means.
 """
 
 import argparse

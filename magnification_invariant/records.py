@@ -172,7 +172,7 @@ class Run:
             `KEYS`, mpp (um/px at the network's input), logits (n, classes) and probability (calibrated).
         """
         rows = self.records.filter(pc.equal(self.records["part"], part))
-        logits = np.array(rows["logits"].to_pylist(), np.float64).reshape(len(rows), -1)
+        logits = np.array(rows["logits"].to_pylist(), np.float64).reshape(len(rows), -1 if len(rows) else 0)
         found = {name: np.asarray(rows[name]) for name in (*KEYS, "mpp") if name in rows.column_names}
         found["logits"], found["probability"] = logits, np.empty(0)
         if len(rows):
