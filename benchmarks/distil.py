@@ -1,6 +1,6 @@
 """Distil the maps of a pretrained network into a ResNet-18, from crops without labels.
 
-    python benchmarks/distil.py --data BreaKHis_v1 --teacher local-dir:densenet121_imagenet --output-dir runs/tissue
+    python benchmarks/distil.py --data BreaKHis_v1 --teacher local-dir:DENSENET121 --output-dir runs/tissue
 
 A student sees the crops at `SIZE` pixels and the teacher the same crops at `TEACHER_SIZE`; 1x1 convolutions from the
 student's last three stages are fitted to the teacher's maps (after its second and third block), standardised a channel,

@@ -29,7 +29,8 @@ def source_name(ds) -> str:
     if all(patient.startswith(f"{YEAR}-") for patient in ds["patient"]):
         return "virtual"
     published = {name for slide in slides() for name in slide.names}
-    return "breakhis" if all(Path(name).stem in published for name in ds["filename"]) else "other"
+    names = (Path(name).stem.partition("@")[0] for name in ds["filename"])  # "@200X" marks a digital zoom
+    return "breakhis" if all(name in published for name in names) else "other"
 
 
 def plain_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -84,7 +85,7 @@ def write_model_folder(
             "num_classes": len(label_names),
             "first_conv": model.pretrained_cfg["first_conv"],
             "classifier": model.pretrained_cfg["classifier"],
-            "license": "apache-2.0",
+            "license": "apache-2.0" if about.get("trained_on") == "virtual" else "other",
             "label_names": label_names,
             "input_size": [3, image_size, image_size],
             "mean": list(mean),

@@ -33,6 +33,7 @@ from magnification_invariant.files import read_json, read_json_lines, whole, wri
 POSITIVE = 1  # malignant
 PARTS = ("val", "test", "test_source")  # of a split, beside "train"
 NORMALISED = "test_normalised"
+OUT_OF_FOLD = "out_of_fold"  # of a released model: what models of its recipe said of patients that they had not seen
 ZOOM = "zoom.parquet"  # see `predict.zoom`
 KEYS = ("filename", "patient", "label", "domain")  # of a prediction or an embedding: what its image is
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from magnification_invariant.data.splits import domain_name
 from magnification_invariant.files import read_json
 from magnification_invariant.model_folder import read_model_config
-from magnification_invariant.records import NORMALISED
+from magnification_invariant.records import NORMALISED, OUT_OF_FOLD
 from magnification_invariant.report import pictures
 from magnification_invariant.report.contents import NAMES
 from magnification_invariant.tasks import TASKS
@@ -36,7 +36,7 @@ _DATA = {
 
 def tested_part(results: dict) -> str:
     """The part that a model is judged by: the unseen magnification, where one was held out."""
-    return "test" if "test" in results["parts"] else "test_source"
+    return next(part for part in ("test", OUT_OF_FOLD, "test_source", "val") if part in results["parts"])
 
 
 def render_card(folder: Path, repo: str) -> str:
@@ -85,9 +85,10 @@ def _part_names(parts: dict, held_out: int | str | None) -> dict[str, str]:
     named = {"test": f"patients and {domain_name(held_out)} never seen" if held_out is not None else ""}
     named[NORMALISED] = "the same images, scale-normalised"
     named["test_source"] = "patients never seen" if held_out is None else "the same patients, at what was seen"
-    named |= {
-        part: f"of these, {part.removeprefix('test_source_')}" for part in parts if part.startswith("test_source_")
-    }
+    named[OUT_OF_FOLD] = "patients never seen, by models of the same recipe that did not see them"
+    for whole in ("test_source", OUT_OF_FOLD):
+        of_these = (part for part in parts if part.startswith(f"{whole}_"))
+        named |= {part: f"of these, {part.removeprefix(f'{whole}_')}" for part in of_these}
     named["val"] = "validation patients (the temperature is theirs)"
     return {part: name for part, name in named.items() if part in parts}
 

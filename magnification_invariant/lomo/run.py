@@ -393,7 +393,7 @@ def _signature(embeddings: dict, split: Split, columns: dict) -> tuple[SparseSig
     domains = columns["domain"][split.train]
     halves = 10 if (domains == domains[0]).all() else 0
     stability = refit_stability(signature, x, y, domains, groups, n_subsamples=halves)
-    part = "test" if len(split.test) else "test_source"
+    part = next(part for part in ("test", "test_source", "val") if len(getattr(split, part)))
     rows = getattr(split, part)
     curve = {"size": signature.path_size_, "val": signature.validation_loss_}
     curve["test"] = signature.loss_curve(embeddings[part], label[rows], patient[rows])

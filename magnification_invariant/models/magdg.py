@@ -28,6 +28,14 @@ HUB_NAMESPACE = os.environ.get("MAGDG_HUB_NAMESPACE") or "magnification-invarian
 PACKAGED = Path(__file__).parents[1] / "weights"
 """Model folders that come with the package, named `arch.tag`; one is made by `benchmarks/train_virtual.py`."""
 
+# What packaged weights have seen, and what follows from that.
+_SEEN = {
+    "virtual": "virtual slides, procedural drawings of H&E: it shows how everything works and is a start for training. "
+    "It has never seen tissue; its probabilities say nothing about a patient.",
+    "breakhis": "a small part of BreaKHis (27 patients at 100X, other scales by resampling): it shows how everything "
+    "works and is a start for training. For research; its probabilities say nothing about a patient.",
+}
+
 _RESNET18S = ("magdg_resnet18", "magerm_resnet18", "maggan_resnet18")
 _PLAIN = dict.fromkeys(_RESNET18S, "resnet18") | {"test_magdg_resnet": "test_resnet"}
 
@@ -166,12 +174,8 @@ def _create(
         file = resolve(cfg.hf_hub_id, cfg.hf_hub_filename or "model.safetensors", cache_dir=cache_dir)
         cfg = dataclasses.replace(cfg, file=str(file))
     if pretrained and cfg.file and PACKAGED in Path(cfg.file).parents and not cfg.state_dict:
-        _logger.warning(
-            "%s.%s was trained on virtual slides, procedural drawings of H&E: it shows how everything works and is a "
-            "start for training. It has never seen tissue; its probabilities say nothing about a patient.",
-            variant,
-            cfg.tag,
-        )
+        seen = _SEEN[read_json(Path(cfg.file).with_name("config.json"))["trained_on"]]
+        _logger.warning("%s.%s was trained on %s", variant, cfg.tag, seen)
     model = build_model_with_cfg(
         ResNet, variant, pretrained, pretrained_cfg=cfg, pretrained_filter_fn=checkpoint_filter_fn, **kwargs
     )

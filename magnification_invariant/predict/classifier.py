@@ -26,7 +26,7 @@ from magnification_invariant.data.views import View, mean_over_tiles, show, tile
 from magnification_invariant.engine import Network
 from magnification_invariant.model_folder import load_model, open_model
 from magnification_invariant.predict.inputs import Item, items_of, open_item, pillow_warnings, scale_of
-from magnification_invariant.records import POSITIVE, Run
+from magnification_invariant.records import OUT_OF_FOLD, POSITIVE, Run
 from magnification_invariant.signatures import SignatureProjector
 
 BACKENDS = ("torch", "onnx", "openvino")
@@ -300,7 +300,8 @@ class Classifier:
         note = virtual if self.config.get("trained_on") == "virtual" else ""
         run = self.records
         kinds = {"test_normalised": "an unseen magnification, at a seen scale", "test": "an unseen magnification"}
-        kinds |= {"test_source": "patients that were never seen", "val": "validation patients"}
+        kinds |= dict.fromkeys((OUT_OF_FOLD, "test_source"), "patients that were never seen")
+        kinds["val"] = "validation patients"
         there = run.parts if (run.folder / "predictions.parquet").is_file() else []
         part = next((kind for kind in kinds if kind in there), None)
         if part is None:

@@ -152,7 +152,7 @@ def test_packaged_weights_load_and_say_what_they_are(plain, tmp_path, monkeypatc
     half = {name: value.half() if value.dim() > 1 else value for name, value in plain.items()}
     safetensors.torch.save_file(half, folder / "model.safetensors")
     stated = {"tag": "virtual", "num_classes": 2, "input_size": [3, 64, 96], "first_conv": "conv1.0", "crop_pct": 0.5}
-    (folder / "config.json").write_text(json.dumps({"pretrained_cfg": stated}))
+    (folder / "config.json").write_text(json.dumps({"pretrained_cfg": stated, "trained_on": "virtual"}))
     monkeypatch.setattr(magdg, "PACKAGED", tmp_path)
     cfg = magdg._packaged_cfgs()[folder.name]
     model = timm.create_model(TINY, pretrained=True, pretrained_cfg=cfg | {"tag": "virtual"})
