@@ -31,7 +31,7 @@ COMMANDS = {
 }
 
 # Of modules that come with an extra only: its name.
-EXTRAS = {"captum": "explain", "gradio": "app", "openvino": "openvino"}
+EXTRAS = {"gradio": "app", "openvino": "openvino"}
 EXTRAS |= dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "onnx")
 
 

@@ -1,4 +1,4 @@
-"""What anyone's predictions are worth: intervals, calibration, types, worst patients, threshold, abstention."""
+"""What anyone's predictions are worth: intervals, calibration, a threshold, types and domains."""
 
 import warnings
 from pathlib import Path
@@ -11,10 +11,9 @@ from magnification_invariant import metrics
 from magnification_invariant.data.splits import domain_name
 from magnification_invariant.metrics.intervals import FEWEST_PATIENTS
 from magnification_invariant.report.page import Picture, Section, Table, interval
-from magnification_invariant.report.pictures import lines, reliability_of
+from magnification_invariant.report.pictures import reliability_of
 
 TEXTS = ("filename", "label", "patient", "part", "subtype", "domain", "magnification")
-COVERAGES = (1.0, 0.9, 0.8, 0.7, 0.5)
 
 
 def read_predictions(path: Path) -> dict[str, np.ndarray]:
@@ -151,9 +150,7 @@ def sections(
             ("Metrics", _metrics(test)),
             ("Calibration", _calibration(test, temperature, source)),
             ("Threshold", _threshold(test, val if part != "val" else {"label": []}, sensitivity)),
-            ("Abstention", _abstention(test)),
             *domains,
-            ("Worst patients", _worst_patients(test)),
         ]
 
 
@@ -236,39 +233,6 @@ def _threshold(test: dict, val: dict, wanted: float) -> list:
         f"probability of {threshold:.4f} and above is called malignant. What it gives on the test:",
         Table(["", "sensitivity", "specificity"], rows),
     ]
-
-
-def _abstention(test: dict) -> list:
-    confidence = np.abs(test["probability"] - 0.5).round(12)
-    weight = metrics.patient_weights(test["patient"])
-    wrong = (test["probability"] >= 0.5) != (test["label"] == 1)
-    values, index = np.unique(-confidence, return_inverse=True)  # ties are kept or dropped together
-    covered = np.cumsum(np.bincount(index, weight)) / weight.sum()
-    error = np.cumsum(np.bincount(index, weight * wrong)) / (covered * weight.sum())
-    at = [min(np.searchsorted(covered, c - 1e-9), len(values) - 1) for c in COVERAGES]
-    rows = [[f"{covered[i]:.2f}", f"{0.5 - values[i]:.3f}", f"{1 - error[i]:.3f}"] for i in at]
-    labels = ("share of the images that is decided, patients weighing the same", "share of wrong decisions")
-    curve = {"": (covered, error)}
-    return [
-        "If the least certain images are left undecided: at least that share is decided, by probabilities as far "
-        "from 0.5 as this, with this accuracy.",
-        Table(["decided", "probability at least, or at most 1 minus it", "accuracy"], rows),
-        Picture.drawn("abstention", "Error against the share of images decided.", lines, curve, *labels),
-    ]
-
-
-def _worst_patients(test: dict, n: int = 10) -> list:
-    rows = []
-    for patient in np.unique(test["patient"]):
-        chosen = test["patient"] == patient
-        label, p = test["label"][chosen], test["probability"][chosen]
-        rows.append((float(np.mean((p - label) ** 2)), str(patient), label, p))
-    rows.sort(key=lambda row: -row[0])
-    cells = []
-    for score, patient, label, p in rows[:n]:
-        figures = [f"{p.mean():.3f}", f"{np.mean((p >= 0.5) == label):.2f}", f"{score:.3f}"]
-        cells.append([patient, f"{label.mean():.2f}", str(len(p)), *figures])
-    return [Table(["patient", "malignant", "images", "mean probability", "named rightly", "Brier"], cells)]
 
 
 def _by(test: dict, name: str) -> list:

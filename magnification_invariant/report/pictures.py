@@ -124,17 +124,6 @@ def reliability_of(label: np.ndarray, kinds: dict[str, np.ndarray], weight: np.n
     _save(figure, path)
 
 
-def lines(curves: dict[str, tuple[np.ndarray, np.ndarray]], xlabel: str, ylabel: str, path) -> None:
-    """Curves (x, y) by name."""
-    figure, (axis,) = _figure(1, 6.0, 4.0)
-    for name, (x, y) in curves.items():
-        axis.plot(x, y, label=name)
-    axis.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
-    if any(curves):
-        axis.legend(fontsize=8)
-    _save(figure, path)
-
-
 def zoom(curves: dict[str, dict], trained: tuple[float, float], seen: np.ndarray, unseen: np.ndarray, path) -> None:
     """AUC, Brier and CKA against um/px: a row of panels a way to show, a colour a method, a line each source.
 
