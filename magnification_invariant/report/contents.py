@@ -269,11 +269,8 @@ def _differences(compared: list[Comparison]) -> list:
         ]
         for each in compared
     ]
-    drawn = []
-    for name, chosen, better in (("brier", ("brier",), "below"), ("auc_f1", ("auc", "f1"), "above")):
-        caption = f"Differences with 95 % intervals over patients; {better} 0 favours the first."
-        if lines := [(each.text, *each.measured[:3]) for each in compared if each.metric in chosen]:
-            drawn.append(Picture.drawn(f"forest_{name}", caption, pictures.forest, lines, "difference"))
+    lines = [(each.text, *each.measured[:3]) for each in compared if each.metric == PRIMARY]
+    caption = "Differences with 95 % intervals over patients; below 0 favours the first."
     secondary = sum(not each.primary for each in compared)
     return [
         "p-values come from swapping all of a patient's predictions, in all runs, between the methods (2,000 draws). "
@@ -282,7 +279,7 @@ def _differences(compared: list[Comparison]) -> list:
         "interval, which takes the classes' numbers of patients as given: p can be large where the interval leaves out "
         "0.",
         Table(["", "difference", "estimate", "95 % interval", "p", "p adjusted"], rows),
-        *drawn,
+        Picture.drawn("forest", caption, pictures.forest, lines, "difference of Brier"),
     ]
 
 

@@ -4,8 +4,8 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from magnification_invariant import metrics
 from magnification_invariant.data.splits import domain_name
@@ -30,42 +30,30 @@ def read_predictions(path: Path) -> dict[str, np.ndarray]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no such file: {path}")
     try:
-        table = pq.read_table(path)
+        table = pd.read_parquet(path)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise OSError(f"{path} is not a Parquet file of predictions: {error}") from error
-    if "epoch" in table.column_names and len(table):
-        epoch = _epochs(path, table["epoch"].to_pylist())
-        table = table.filter(pa.array(epoch == epoch.max()))
-    columns = {}
-    for name in set(table.column_names) & {"logits", "probability", *TEXTS}:
-        values = table[name].to_pylist()
-        gaps = sum(value is None or value != value for value in values)
+    if "epoch" in table and len(table):
+        epoch = pd.to_numeric(table["epoch"], errors="coerce").astype(float)
+        if unknown := int(epoch.isna().sum()):
+            raise ValueError(f"{path}: column 'epoch' has no value, or no number, in {unknown} of {len(table)} rows")
+        table = table[epoch == epoch.max()]
+    table = table[[name for name in ("logits", "probability", *TEXTS) if name in table]]
+    for name, gaps in table.isna().sum().items():
         if gaps:
             raise ValueError(f"{path}: column {name!r} has no value in {gaps} of {len(table)} rows")
-        if name == "logits":
-            ragged = [i for i, value in enumerate(values) if not isinstance(value, list) or len(value) != 2]
-            if ragged:
-                raise ValueError(
-                    f"{path}: column 'logits' has not two numbers (benign, malignant) in {len(ragged)} of {len(table)} "
-                    f"rows, the first of them row {ragged[0]}: {values[ragged[0]]!r}"
-                )
-        columns[name] = np.array(values)
-    keys = [name for name in ("filename", "patient", "part") if name in columns]
-    if "filename" in keys:
-        twice = len(table) - len(set(zip(*(columns[name].tolist() for name in keys), strict=True)))
-        if twice:
-            warnings.warn(f"{path}: {twice} of {len(table)} rows are of an image that is there already", stacklevel=2)
-    return columns
-
-
-def _epochs(path: Path, values: list) -> np.ndarray:
-    try:
-        epoch = np.array([float("nan") if value is None else float(value) for value in values])
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: column 'epoch' holds {values[0]!r}, which is no number") from error
-    if np.isnan(epoch).any():
-        raise ValueError(f"{path}: column 'epoch' has no value in {int(np.isnan(epoch).sum())} of {len(epoch)} rows")
-    return epoch
+    if "logits" in table:
+        logits = table["logits"].tolist()
+        ragged = [i for i, row in enumerate(logits) if np.shape(row) != (2,)]
+        if ragged:
+            raise ValueError(
+                f"{path}: column 'logits' has not two numbers (benign, malignant) in {len(ragged)} of {len(table)} "
+                f"rows, the first of them row {ragged[0]}: {logits[ragged[0]]!r}"
+            )
+    keys = [name for name in ("filename", "patient", "part") if name in table]
+    if "filename" in keys and (twice := int(table.duplicated(keys).sum())):
+        warnings.warn(f"{path}: {twice} of {len(table)} rows are of an image that is there already", stacklevel=2)
+    return {name: np.array(table[name].tolist()) for name in table}
 
 
 def checked(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -204,7 +192,7 @@ def _calibration(test: dict, temperature: float, source: str) -> list:
         f"Temperature {temperature:.3f}: {source}. The oracle's shows what a temperature could give, and is no result. "
         "Brier = miscalibration - discrimination + uncertainty (CORP).",
         Table(head, rows),
-        Picture.drawn("reliability", "Reliability, bins of equal mass.", reliability_of, label, kinds, weight),
+        Picture.drawn("reliability", "Reliability, bins of equal mass.", reliability_of, {"": (label, kinds, weight)}),
     ]
 
 

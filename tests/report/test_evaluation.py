@@ -130,7 +130,10 @@ def test_the_last_epoch_is_the_largest_number(tmp_path):
     for epochs in (["9"] * 40 + ["10"] * 40, [9.0] * 40 + [10.0] * 40):
         known = read_predictions(written(tmp_path / "p.parquet", **columns, epoch=epochs))
         assert np.array_equal(known["probability"], right)
-    for epochs, message in (([9.0] * 79 + [float("nan")], "no value in 1 of 80"), (["last"] * 80, "is no number")):
+    for epochs, message in (
+        ([9.0] * 79 + [float("nan")], "no value, or no number, in 1 of 80"),
+        (["last"] * 80, "no number, in 80 of 80"),
+    ):
         with pytest.raises(ValueError, match=message):
             read_predictions(written(tmp_path / "p.parquet", **columns, epoch=epochs))
 
