@@ -130,11 +130,8 @@ def test_the_last_epoch_is_the_largest_number(tmp_path):
     for epochs in (["9"] * 40 + ["10"] * 40, [9.0] * 40 + [10.0] * 40):
         known = read_predictions(written(tmp_path / "p.parquet", **columns, epoch=epochs))
         assert np.array_equal(known["probability"], right)
-    for epochs, message in (
-        ([9.0] * 79 + [float("nan")], "no value, or no number, in 1 of 80"),
-        (["last"] * 80, "no number, in 80 of 80"),
-    ):
-        with pytest.raises(ValueError, match=message):
+    for epochs, unknown in (([9.0] * 79 + [float("nan")], 1), (["last"] * 80, 80), ([9] * 79 + [None], 1)):
+        with pytest.raises(ValueError, match=f"no value, or no number, in {unknown} of 80"):
             read_predictions(written(tmp_path / "p.parquet", **columns, epoch=epochs))
 
 
@@ -142,6 +139,9 @@ def test_what_a_table_lacks_is_said_with_file_and_row(tmp_path, capsys):
     columns = {"label": [0, 1, 1], "patient": ["a", "b", "c"], "filename": ["x", "y", "y"]}
     with pytest.raises(ValueError, match=r"p\.parquet: column 'logits' has not two numbers.* in 1 of 3 rows.*row 1"):
         read_predictions(written(tmp_path / "p.parquet", **columns, logits=[[0.0, 1.0], [1.0], [0.0, 2.0]]))
+    for gap in (None, float("nan")):
+        with pytest.raises(ValueError, match=r"column 'probability' has no value in 1 of 3 rows"):
+            read_predictions(written(tmp_path / "p.parquet", **columns, probability=[0.1, gap, 0.2]))
     twice = {**columns, "patient": ["a", "b", "b"], "probability": [0.1, 0.9, 0.9]}
     with pytest.warns(UserWarning, match="1 of 3 rows are of an image that is there already"):
         read_predictions(written(tmp_path / "P.PARQUET", **twice))
