@@ -14,7 +14,7 @@ from importlib import import_module
 
 COMMANDS = {
     "demo": "the whole path on virtual slides, in a few minutes on a CPU",
-    "prepare": "check a copy of BreaKHis; write it as Parquet or to the Hub",
+    "prepare": "check a copy of BreaKHis",
     "split": "write patient folds to a file that --split reads",
     "lomo": "train and test methods on a magnification they never saw",
     "zoom": "predict tested patients at one scale after the other",
@@ -31,7 +31,7 @@ COMMANDS = {
 }
 
 # Of modules that come with an extra only: its name.
-EXTRAS = {"captum": "explain", "gradio": "app", "openvino": "openvino"}
+EXTRAS = {"gradio": "app", "openvino": "openvino"}
 EXTRAS |= dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "onnx")
 
 

@@ -1,4 +1,4 @@
-"""Evaluate a model on data, or anyone's predictions: intervals, calibration, types, worst patients, threshold."""
+"""Evaluate a model on data, or anyone's predictions: intervals, calibration, a threshold, types and domains."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Draw what in an image speaks for a class: the same tissue at four scales, with two kinds of map and probabilities."""
+"""Draw what in an image speaks for a class: the same tissue at four scales, with maps and probabilities."""
 
 from pathlib import Path
 

@@ -12,7 +12,6 @@ def add_arguments(parser) -> None:
     add_model_arguments(parser)
     add("--out", type=Path, default=Path("predictions.parquet"), help=".parquet, .csv or .json; default: %(default)s")
     add_view_argument(parser, "normalised")
-    add("--strict-mpp", action="store_true", help="an image coarser than the model's range is an error")
     add("--backend", choices=("torch", "onnx", "openvino"), default="torch", help="default: %(default)s")
     add("--batch-size", type=positive, default=32, help="tiles at a time; default: %(default)s")
     add_column_arguments(parser)
@@ -49,7 +48,6 @@ def execute(args) -> int:
         items,
         args.out,
         view=args.view,
-        strict=args.strict_mpp,
         process=state.process_index,
         processes=state.num_processes,
         wait=state.wait_for_everyone,

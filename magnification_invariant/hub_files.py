@@ -160,25 +160,20 @@ def upload(
     folder: str | Path,
     repo: str,
     *,
-    repo_type: str = "model",
     private: bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
     message: str | None = None,
-    replace: str | None = None,
 ) -> str:
     """Commits all files of `folder`, but hidden ones, to a Hub repository, which is made if needed: one commit or none.
 
     Args:
         folder: what the repository's root shall hold.
         repo: repository id, ``user/name``.
-        repo_type: "model" or "dataset".
         private: of a repository that is made; by default what the account's settings say.
         revision: branch to commit to, made if needed; ``main`` by default.
         create_pr: open a pull request against ``main`` instead.
         message: first line of the commit.
-        replace: a pattern, ``data/*.parquet``; files there that match it and are not in `folder` are deleted in the
-            same commit.
 
     Returns:
         URL of the commit or pull request; "" where the repository holds all that already, and nothing was done.
@@ -187,7 +182,7 @@ def upload(
         ValueError: the folder has no file, or the Hub does not accept the card.
         OSError: no token, no right, no way to reach the Hub, or somebody else has committed meanwhile; says which.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.utils import httpx
 
     folder = Path(folder)
@@ -198,19 +193,15 @@ def upload(
     api = HfApi()
 
     def commit() -> str:
-        name = api.create_repo(repo, repo_type=repo_type, private=private, exist_ok=True).repo_id
+        name = api.create_repo(repo, private=private, exist_ok=True).repo_id
         if revision and not create_pr:
-            api.create_branch(name, branch=revision, repo_type=repo_type, exist_ok=True)
-        before = api.repo_info(name, repo_type=repo_type, revision=revision)
+            api.create_branch(name, branch=revision, exist_ok=True)
+        before = api.repo_info(name, revision=revision)
         operations = [CommitOperationAdd(file, str(path)) for file, path in files.items()]
-        if replace:
-            there = [file.rfilename for file in before.siblings]
-            operations += [CommitOperationDelete(file) for file in fnmatch.filter(there, replace) if file not in files]
         # Not upload_folder: it cuts a large folder into several commits, and a reader would see half of them.
         done = api.create_commit(
             name,
             operations,
-            repo_type=repo_type,
             revision=revision,
             create_pr=create_pr,
             commit_message=message or f"Upload {folder.name}",
@@ -226,6 +217,6 @@ def upload(
         cause = error.__cause__ if isinstance(error, RuntimeError) else ""  # of a file's transfer
         why = " ".join(f"{error} {cause}".split())
         raise OSError(
-            f"{folder} could not be uploaded to the {repo_type} repository {repo}: {why} "
+            f"{folder} could not be uploaded to the repository {repo}: {why} "
             "Nothing was committed by halves; the same command goes on once the cause is gone."
         ) from error

@@ -48,6 +48,7 @@ class Run:
     def __init__(self, folder: str | Path):
         folder = Path(folder)
         self.folder = folder.parent if folder.name == "model" and (folder.parent / "config.json").is_file() else folder
+        self._columns: dict[str, dict[str, np.ndarray]] = {}  # of `part`, which a report asks for many times
 
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r})"
@@ -160,7 +161,7 @@ class Run:
     @property
     def parts(self) -> list[str]:
         """Of the records."""
-        return list(dict.fromkeys(self.records["part"].to_pylist()))
+        return self.records["part"].unique().to_pylist()
 
     def part(self, part: str, temperature: float | None = None) -> dict[str, np.ndarray]:
         """One part of the records as arrays, a value a row.
@@ -172,14 +173,18 @@ class Run:
         Returns:
             `KEYS`, mpp (um/px at the network's input), logits (n, classes) and probability (calibrated).
         """
-        rows = self.records.filter(pc.equal(self.records["part"], part))
-        logits = np.array(rows["logits"].to_pylist(), np.float64).reshape(len(rows), -1 if len(rows) else 0)
-        found = {name: np.asarray(rows[name]) for name in (*KEYS, "mpp") if name in rows.column_names}
-        found["logits"], found["probability"] = logits, np.empty(0)
-        if len(rows):
-            used = self.temperature if temperature is None else temperature
-            found["probability"] = metrics.apply_temperature(logits, used)[:, POSITIVE]
-        return found
+        if part not in self._columns:
+            rows = self.records.filter(pc.equal(self.records["part"], part))
+            columns = {name: np.asarray(rows[name]) for name in (*KEYS, "mpp") if name in rows.column_names}
+            columns["logits"] = np.array(rows["logits"].to_pylist(), np.float64).reshape(
+                len(rows), -1 if len(rows) else 0
+            )
+            self._columns[part] = columns
+        columns = self._columns[part]
+        if not len(columns["logits"]):
+            return columns | {"probability": np.empty(0)}
+        used = self.temperature if temperature is None else temperature
+        return columns | {"probability": metrics.apply_temperature(columns["logits"], used)[:, POSITIVE]}
 
     def oracle_temperature(self, part: str = "test") -> float:
         """Fitted on the rows it is judged by: what no method may use, and the most that a temperature can give."""

@@ -11,7 +11,6 @@ _PUBLIC = {
     "load_table": "table",
     "describe": "table",
     "verify": "verification",
-    "to_parquet": "parquet",
     "Split": "splits",
     "Folds": "splits",
     "deal_folds": "splits",

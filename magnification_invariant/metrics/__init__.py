@@ -4,7 +4,6 @@ from magnification_invariant.metrics.classification import (
     METRICS,
     accuracy,
     auc,
-    average_precision,
     balanced_accuracy,
     brier,
     f1,
@@ -21,11 +20,9 @@ from magnification_invariant.metrics.calibration import (  # isort: skip  (after
 )
 from magnification_invariant.metrics.intervals import cluster_interval, holm, paired_difference
 from magnification_invariant.metrics.invariance import domain_probe, linear_cka, probe_difference
-from magnification_invariant.metrics.selection import SELECTION_RULES, select_epoch, selected_scores
 from magnification_invariant.metrics.stability import chance_jaccard, jaccard, nogueira
 
-__all__ = ["METRICS", "accuracy", "auc", "average_precision", "balanced_accuracy", "brier", "f1", "log_loss"]
+__all__ = ["METRICS", "accuracy", "auc", "balanced_accuracy", "brier", "f1", "log_loss"]
 __all__ += ["apply_temperature", "corp_decomposition", "expected_calibration_error", "fit_temperature"]
 __all__ += ["cluster_interval", "holm", "paired_difference", "patient_weights", "reliability_curve"]
-__all__ += ["SELECTION_RULES", "domain_probe", "linear_cka", "probe_difference", "select_epoch", "selected_scores"]
-__all__ += ["chance_jaccard", "jaccard", "nogueira"]
+__all__ += ["chance_jaccard", "domain_probe", "jaccard", "linear_cka", "nogueira", "probe_difference"]

@@ -98,17 +98,6 @@ def auc(y_true: ArrayLike, y_prob: ArrayLike, sample_weight: ArrayLike | None = 
 
 
 @register
-def average_precision(y_true: ArrayLike, y_prob: ArrayLike, sample_weight: ArrayLike | None = None) -> float:
-    """Area under the precision-recall curve as a step function: `sum_t (R_t - R_{t-1}) P_t` over falling thresholds.
-
-    No interpolation; tied rows enter together. Scores are accepted. NaN without malignant rows.
-    """
-    from sklearn.metrics import average_precision_score
-
-    return _score(average_precision_score, (y_true, y_prob, sample_weight), needs=(1,), scores=True)
-
-
-@register
 def f1(y_true: ArrayLike, y_prob: ArrayLike, sample_weight: ArrayLike | None = None) -> float:
     """F1 of the malignant class at 0.5: `2 TP / (2 TP + FP + FN)`; NaN if nothing is malignant or called so.
 

@@ -3,25 +3,23 @@
 The estimand is a metric over *patients*: each image weighs 1/n of its patient (`patient_weights`). Uncertainty comes
 from the patients alone; the trained models are taken as given, so nothing here speaks of other training runs.
 
-* "t": a standard error from how much each patient moves the figure, a scale on which the figure is closer to normal
-  (logit for figures in [0, 1], log for the log-loss, none for differences) and Student's t with (patients of the
-  smaller class - 1) degrees of freedom. For the AUC the variance is the clustered one of Obuchowski (Biometrics 53,
-  1997), DeLong's if every patient has one image; for other metrics the jackknife over patients within their class.
-* "bootstrap": percentiles over redrawn patients, within their class. It asks nothing of the metric.
+The standard error is how much each patient moves the figure, on a scale on which the figure is closer to normal (logit
+for figures in [0, 1], log for the log-loss, none for differences), with Student's t of (patients of the smaller class -
+1) degrees of freedom. For the AUC the variance is the clustered one of Obuchowski (Biometrics 53, 1997), DeLong's if
+every patient has one image; for other metrics the jackknife over patients within their class.
 
 Coverage of nominal 95 % intervals of the AUC (`benchmarks/interval_coverage.py`, 1,000 simulated test sets, 25 images a
-patient, true AUC 0.83 / 0.95):
+patient, true AUC 0.83 / 0.95), beside that of percentiles over redrawn patients, which are not offered for that reason:
 
-| benign/malignant patients | t | bootstrap |
+| benign/malignant patients | here | bootstrap |
 |---|---|---|
 | 3/11 (refused) | .99 / .99 | .79 / .73 |
 | 8/18 | .97 / .95 | .92 / .88 |
 | 16/54 | .96 / .95 | .93 / .90 |
 | 40/80 | .95 / .95 | .94 / .93 |
 
-For the other metrics "t" covered .91 to 1.0 from 16/54 on (the calibration error .83 at 8/18; the bootstrap, which adds
-noise to an error that noise inflates, covered it as rarely as .04), and of paired differences (Brier, AUC, F1) .92 to
-.96 at 8/18, .95 to .96 above; the bootstrap .86 to .95.
+For the other metrics it covered .91 to 1.0 from 16/54 on (the calibration error .83 at 8/18), and of paired differences
+(Brier, AUC, F1) .92 to .96 at 8/18, .95 to .96 above.
 """
 
 import warnings
@@ -35,7 +33,6 @@ from magnification_invariant.metrics.classification import (
     METRICS,
     accuracy,
     auc,
-    average_precision,
     balanced_accuracy,
     brier,
     check_binary,
@@ -61,18 +58,10 @@ _SUMS = {
 }
 
 
-def _average_precision(y: np.ndarray, score: np.ndarray, weight: np.ndarray) -> float:
-    """`average_precision` of checked columns, for loops."""
-    _, rank = np.unique(-score, return_inverse=True)
-    malignant, seen = np.bincount(rank, weight * y), np.cumsum(np.bincount(rank, weight))
-    precision = np.divide(np.cumsum(malignant), seen, out=np.zeros_like(seen), where=seen > 0)
-    return float(malignant @ precision / malignant.sum()) if malignant.any() else float("nan")
-
-
 FEWEST_PATIENTS = 8
 """Patients of each class that an interval takes: below, no method that was tried covers what it claims."""
 
-TAILS, SEED = (0.025, 0.975), 0  # of every interval; of every bootstrap and permutation test, so that tables come again
+TAILS, SEED = (0.025, 0.975), 0  # of every interval; of every permutation test, so that tables come again
 
 
 class Interval(NamedTuple):
@@ -100,8 +89,7 @@ class _Patients:
         if not callable(self.metric):
             raise ValueError(f"no metric is called {metric!r}; there are {', '.join(METRICS)}, or pass a function")
         self.is_auc = self.metric is auc
-        self.of_rows = _average_precision if self.metric is average_precision else self.metric
-        scores = self.metric in (auc, average_precision) or self.metric not in METRICS.values()
+        scores = self.is_auc or self.metric not in METRICS.values()
         checked = [check_binary(y_true, prob, scores=scores) for prob in y_probs]
         self.y, self.probs = checked[0][0], [prob for _, prob, _ in checked]
         groups, runs = np.asarray(groups), np.zeros(len(self.y), int) if runs is None else np.asarray(runs)
@@ -155,7 +143,7 @@ class _Patients:
                 return ((times @ wins) * times).sum(axis=1) / ((times @ self.pairs) * times).sum(axis=1)
         if self.metric in _SUMS:
             return self.of_sums(times @ self.sums(prob))
-        return np.array([self.of_rows(self.y, prob, weight) for weight in times[:, self.patient] * self.weight])
+        return np.array([self.metric(self.y, prob, weight) for weight in times[:, self.patient] * self.weight])
 
     def variance(self, probs: list[np.ndarray], values: np.ndarray) -> float:
         """Variance of the figure, or of the difference of two, under new patients."""
@@ -176,19 +164,6 @@ class _Patients:
             (group.sum() - 1) * float(np.var(left[group])) for group in (self.malignant, ~self.malignant) if group.any()
         )
 
-    def redraws(self, n_draws: int) -> np.ndarray:
-        """How often each patient is drawn, with replacement within their class: (n_draws, patients)."""
-        rng, times = np.random.default_rng(SEED), np.zeros((n_draws, self.count))
-        for group in (np.flatnonzero(self.malignant), np.flatnonzero(~self.malignant)):
-            if len(group):
-                times[:, group] = rng.multinomial(len(group), np.full(len(group), 1 / len(group)), size=n_draws)
-        return times
-
-    def method(self, method: str | None) -> str:
-        if method not in (None, "t", "bootstrap"):
-            raise ValueError(f"method must be 't' or 'bootstrap', not {method!r}")
-        return method or ("t" if self.metric in METRICS.values() else "bootstrap")
-
     def too_few(self) -> bool:
         if self.smaller >= FEWEST_PATIENTS:
             return False
@@ -202,9 +177,6 @@ def cluster_interval(
     y_true: ArrayLike,
     y_prob: ArrayLike,
     groups: ArrayLike,
-    method: str | None = None,
-    *,
-    n_draws: int = 2000,
     runs: ArrayLike | None = None,
 ) -> Interval:
     """Estimates a patient-balanced metric with its 95 % interval over patients.
@@ -214,33 +186,27 @@ def cluster_interval(
         y_true: (n,) labels, 1 = malignant.
         y_prob: (n,) probabilities of malignant.
         groups: (n,) patient of each row.
-        method: "t", or "bootstrap" with `n_draws`; None takes "t" for `METRICS` and the bootstrap for functions of the
-            caller's, which need not be smooth in the weights.
-        n_draws: Of the bootstrap.
         runs: (n,) run that each row is of (a fold, a seed, a held-out magnification), where there are several. A
             patient weighs 1 in each of their runs and is one cluster over all of them. The AUC counts only pairs of one
             run, pooled by their weight: scores of different models are not on one scale.
 
     Returns:
         Value, low, high. The bounds are NaN, with a warning, with fewer than 8 patients in a class. A figure of
-        exactly 0 or 1 shows no variance; its "t" interval then is the exact binomial one (Clopper and Pearson) for
+        exactly 0 or 1 shows no variance; its interval then is the exact binomial one (Clopper and Pearson) for
         that many patients of the smaller class; a log-loss of 0 has no upper bound.
 
     Raises:
-        ValueError: On NaN, labels other than 0 and 1, columns of other lengths, an unknown metric or method.
+        ValueError: On NaN, labels other than 0 and 1, columns of other lengths, an unknown metric.
     """
     sample = _Patients(metric, y_true, [y_prob], groups, runs)
-    method, prob = sample.method(method), sample.probs[0]
-    value = float(sample.figures(prob, np.ones((1, sample.count)))[0])
+    value = float(sample.figures(sample.probs[0], np.ones((1, sample.count)))[0])
     if sample.too_few():
         return Interval(value, float("nan"), float("nan"))
-    if method == "bootstrap":
-        return Interval(value, *map(float, np.quantile(sample.figures(prob, sample.redraws(n_draws)), TAILS)))
-    return Interval(value, *_t_bounds(sample, value))
+    return Interval(value, *_bounds(sample, value))
 
 
-def _t_bounds(sample: _Patients, value: float) -> tuple[float, float]:
-    """Bounds of the "t" method around the figure of a single model."""
+def _bounds(sample: _Patients, value: float) -> tuple[float, float]:
+    """Bounds around the figure of a single model."""
     from scipy.special import expit, logit
 
     if sample.metric is log_loss and round(value, 12) == 0:
@@ -263,10 +229,9 @@ def paired_difference(
     y_prob_a: ArrayLike,
     y_prob_b: ArrayLike,
     groups: ArrayLike,
-    method: str | None = None,
+    runs: ArrayLike | None = None,
     *,
     n_draws: int = 2000,
-    runs: ArrayLike | None = None,
 ) -> Difference:
     """Compares two models on the same rows: metric of a minus metric of b, with its 95 % interval and a p-value.
 
@@ -280,22 +245,18 @@ def paired_difference(
     So p can be large where the interval leaves out 0. Conclude from what both support.
 
     Arguments and errors are those of `cluster_interval`, with the probabilities (n,) of two models. No scale transform
-    is used; `n_draws` are those of the test too; a patient's predictions are swapped in all their `runs` together.
+    is used; `n_draws` are those of the test; a patient's predictions are swapped in all their `runs` together.
 
     Returns:
         Difference, low, high, p-value. The bounds are NaN, with a warning, with fewer than 8 patients in a class.
     """
     sample = _Patients(metric, y_true, [y_prob_a, y_prob_b], groups, runs)
-    method, probs = sample.method(method), sample.probs
+    probs = sample.probs
     values = np.array([sample.figures(prob, np.ones((1, sample.count)))[0] for prob in probs])
     difference = float(values[0] - values[1])
     p_value = _swap_test(sample, difference, n_draws)
     if sample.too_few():
         return Difference(difference, float("nan"), float("nan"), p_value)
-    if method == "bootstrap":
-        times = sample.redraws(n_draws)
-        low, high = np.quantile(sample.figures(probs[0], times) - sample.figures(probs[1], times), TAILS)
-        return Difference(difference, float(low), float(high), p_value)
     half = _half_width(sample, probs, values)
     return Difference(difference, difference - half, difference + half, p_value)
 
@@ -342,6 +303,6 @@ def _swap_test(sample: _Patients, difference: float, n_draws: int) -> float:
         drawn = sample.of_sums(keep @ sums[0] + swapped @ sums[1]) - sample.of_sums(keep @ sums[1] + swapped @ sums[0])
     else:
         columns = ((np.where(row, b, a), np.where(row, a, b)) for row in swap[:, sample.patient])
-        figures = [[sample.of_rows(sample.y, prob, sample.weight) for prob in pair] for pair in columns]
+        figures = [[sample.metric(sample.y, prob, sample.weight) for prob in pair] for pair in columns]
         drawn = -np.diff(figures, axis=1)[:, 0]
     return float((1 + np.sum(np.abs(drawn) >= abs(difference) - 1e-12)) / (1 + n_draws))

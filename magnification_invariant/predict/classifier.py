@@ -4,6 +4,7 @@ What reaches the network is decided by micrometres per pixel (mpp), never by the
 the model's records were made in: see `data.views`.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -138,7 +139,6 @@ class Classifier:
         mpp: float | Sequence[float] | None = None,
         *,
         view: str | float = "normalised",
-        strict: bool = False,
     ) -> list[dict]:
         """Predicts images, see `items_of` for what they can be and `iterate` for the result.
 
@@ -147,7 +147,7 @@ class Classifier:
         Raises:
             ValueError: no image could be predicted; or see `items_of`.
         """
-        rows = list(self.iterate(items_of(images, mpp), view=view, strict=strict))
+        rows = list(self.iterate(items_of(images, mpp), view=view))
         failed = [row for row in rows if row["error"]]
         if failed and len(failed) == len(rows):
             raise ValueError(f"no image could be predicted; {failed[0]['filename']}: {failed[0]['error']}")
@@ -156,16 +156,13 @@ class Classifier:
             warnings.warn(f"{len(doubtful)} of {len(rows)} images, first: {doubtful[0]['warning']}", stacklevel=2)
         return rows
 
-    def iterate(
-        self, items: Iterable[Item], *, view: str | float = "normalised", strict: bool = False
-    ) -> Iterator[dict]:
+    def iterate(self, items: Iterable[Item], *, view: str | float = "normalised") -> Iterator[dict]:
         """Predicts items one after the other, in order; a few are opened ahead by threads, no more are held.
 
         Args:
             items: see `items_of`.
             view: see `data.views.view_mpp`: "normalised" for a scale that the model was trained on, "protocol" for the
                 whole field as its records were made, or um/px at the network's input.
-            strict: an image coarser than the model's range is an error, not a warning.
 
         Yields:
             A dict an image: ``filename``; ``width``, ``height`` and ``native_mpp`` as stored; ``mpp`` at the network's
@@ -176,7 +173,7 @@ class Classifier:
         loaded: list[Loaded] = []
 
         def shown(pool: ThreadPoolExecutor) -> Iterator[np.ndarray]:
-            for image in ahead(pool, lambda item: self.load(item, view, strict), items, 2 * workers):
+            for image in ahead(pool, lambda item: self.load(item, view), items, 2 * workers):
                 loaded.append(image)
                 pieces = [] if image.view is None else tiles(image.view.pixels, self.size)
                 image.view, image.row["tiles"] = None, len(pieces) or None
@@ -207,7 +204,7 @@ class Classifier:
         mpp = float(view_mpp(view, native or 1.0, min(image.size), self.size, self.base_range))
         return show(image, native or 1.0, mpp, self.size), mpp if native else float("nan")
 
-    def load(self, item: Item, view: str | float = "normalised", strict: bool = False) -> Loaded:
+    def load(self, item: Item, view: str | float = "normalised") -> Loaded:
         """Opens an item and shows it, see `iterate`; what goes wrong is the row's error."""
         loaded = Loaded(dict.fromkeys(COLUMNS) | {"filename": item.name, "native_mpp": item.mpp})
         row, notes = loaded.row, []
@@ -220,8 +217,6 @@ class Classifier:
                 image = to_rgb(image, notes)
             row["width"], row["height"] = image.size
             row["apparent_mpp"] = apparent_mpp(image)
-            if strict and native and self.mpp_range and native > self._coarsest:
-                raise ValueError(self._coarser(native))
             loaded.view, mpp = self.view_of(image, native, view, stated.note)
             row["mpp"], row["filled"] = (mpp if native else None), loaded.view.filled
             notes = [stated.note] * bool(stated.note) + notes + [*self._doubts(row, native, frames)]
@@ -232,20 +227,13 @@ class Classifier:
             row["error"] = text.encode("utf-8", "backslashreplace").decode()  # names in it may be odd
         return loaded
 
-    @property
-    def _coarsest(self) -> float:
-        return self.mpp_range[1] * 1.001  # a scale rounded to three digits is the range's end
-
-    def _coarser(self, native: float) -> str:
-        low, high = self.mpp_range
-        return (
-            f"{native:g} um/px is coarser than the model knows ({low:.3g} to {high:.3g}), and detail that is not there "
-            "cannot be made" + (": was a magnification meant?" if native >= 4 else "")
-        )
-
     def _doubts(self, row: dict, native: float | None, frames: int) -> Iterator[str]:
-        if native and self.mpp_range and native > self._coarsest:
-            yield self._coarser(native)
+        low, high = self.mpp_range or (0.0, math.inf)
+        if native and native > high * 1.001:  # a scale rounded to three digits is the range's end
+            yield (
+                f"{native:g} um/px is coarser than the model knows ({low:.3g} to {high:.3g}), and detail that is not "
+                "there cannot be made" + (": was a magnification meant?" if native >= 4 else "")
+            )
         looks = row["apparent_mpp"]
         if native and looks and not 1 / FACTOR < looks / native < FACTOR:
             yield f"the nuclei look like about {looks:.2g} um/px, the scale is said to be {native:g}: check it"

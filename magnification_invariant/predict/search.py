@@ -89,37 +89,26 @@ def nearest(
     k: int,
     query_groups: ArrayLike | None = None,
     groups: ArrayLike | None = None,
-    *,
-    block: int = 8192,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k rows of a gallery with the largest inner product with each query, exactly, block by block.
+    """The k rows of a gallery with the largest inner product with each query, exactly.
 
     Args:
         queries: (m, d) float32, of unit length where cosines are meant.
-        gallery: (n, d), float32 or float16.
+        gallery: (n, d).
         k: Rows to find.
         query_groups: (m,) patient of each query, whose rows are left out; None leaves nobody out.
         groups: (n,) patient of each row.
-        block: Rows looked at at a time.
 
     Returns:
-        Rows (m, k), best first, and their inner products (m, k); -1 and -inf where there are not as many.
+        Rows (m, k), or (m, n) where there are fewer, best first, and their inner products; -1 and -inf where a row is
+        left out.
     """
-    best, found = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1)
-    for start in range(0, len(gallery), block):
-        score = queries @ gallery[start : start + block].astype(np.float32, copy=False).T
-        if query_groups is not None:
-            own = np.asarray(query_groups)[:, None] == np.asarray(groups)[None, start : start + block]
-            score[own] = -np.inf
-        if score.shape[1] > k:
-            top = np.argpartition(score, -k, axis=1)[:, -k:]
-        else:
-            top = np.broadcast_to(np.arange(score.shape[1]), score.shape)
-        score = np.concatenate([best, np.take_along_axis(score, top, 1)], axis=1)
-        row = np.concatenate([found, top + start], axis=1)
-        order = np.argsort(-score, axis=1, kind="stable")[:, :k]
-        best, found = np.take_along_axis(score, order, 1), np.take_along_axis(row, order, 1)
-    return np.where(np.isfinite(best), found, -1), best
+    score = queries @ gallery.T
+    if query_groups is not None:
+        score[np.asarray(query_groups)[:, None] == np.asarray(groups)] = -np.inf
+    rows = np.argsort(-score, axis=1, kind="stable")[:, :k]
+    best = np.take_along_axis(score, rows, 1)
+    return np.where(np.isfinite(best), rows, -1), best
 
 
 @dataclass(frozen=True, eq=False)

@@ -59,7 +59,6 @@ def predict_to_file(
     out: str | Path,
     *,
     view: str | float = "normalised",
-    strict: bool = False,
     process: int = 0,
     processes: int = 1,
     wait: Callable[[], None] = lambda: None,
@@ -70,7 +69,7 @@ def predict_to_file(
     the same model, items and settings, goes on after the shards that are there, with any number of processes.
 
     Args:
-        view, strict: see `Classifier.iterate`.
+        view: see `Classifier.iterate`.
         process, processes: which of how many this is; every process is given all items and takes its share of shards.
         wait: returns when all processes have called it.
 
@@ -89,13 +88,13 @@ def predict_to_file(
     shards = [parts / f"{first // SHARD:06d}.parquet" for first in range(0, len(items), SHARD)]
     with locked(out) if process == 0 else nullcontext():
         if process == 0:
-            _prepare(parts, _fingerprint(classifier, items, view, strict))
+            _prepare(parts, _fingerprint(classifier, items, view))
         wait()
         todo = [k for k in range(process, len(shards), processes) if not shards[k].exists()]
         with tqdm(total=sum(len(items[k * SHARD : (k + 1) * SHARD]) for k in todo), unit="image", disable=None) as bar:
             for k in todo:
                 rows = []
-                for row in classifier.iterate(items[k * SHARD : (k + 1) * SHARD], view=view, strict=strict):
+                for row in classifier.iterate(items[k * SHARD : (k + 1) * SHARD], view=view):
                     rows.append({name: row[name] for name in SCHEMA.names})
                     bar.update()
                 write_table(pa.Table.from_pylist(rows, SCHEMA), shards[k])
@@ -117,8 +116,8 @@ def _prepare(parts: Path, fingerprint: str) -> None:
         write_json(run, {"fingerprint": fingerprint})
 
 
-def _fingerprint(classifier: Classifier, items: list[Item], *settings) -> str:
-    digest = hashlib.sha256(json.dumps([classifier.config, settings]).encode())
+def _fingerprint(classifier: Classifier, items: list[Item], view: str | float) -> str:
+    digest = hashlib.sha256(json.dumps([classifier.config, view]).encode())
     # Of the weights' file and not of its name: a model trained again in the same folder is another one.
     for path in sorted(classifier.folder.glob("model.*")):
         digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
@@ -167,12 +166,8 @@ def _cell(name: str, value):
 
 def _to_json(tables: Iterable[pa.Table], path: Path) -> None:
     """A list of objects, one a line."""
-    with open(path, "w", encoding="utf-8") as file:
-        rows = (json.dumps(row) for table in tables for row in table.to_pylist())
-        file.write("[")
-        for i, row in enumerate(rows):
-            file.write(("," if i else "") + "\n" + row)
-        file.write("\n]\n")
+    rows = [json.dumps(row) for table in tables for row in table.to_pylist()]
+    path.write_text("[\n" + ",\n".join(rows) + "\n]\n", encoding="utf-8")
 
 
 _WRITERS = {".parquet": _to_parquet, ".csv": _to_csv, ".json": _to_json}

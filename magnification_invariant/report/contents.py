@@ -95,8 +95,6 @@ def _sections(folders: Iterable[Path], pairs: list[tuple[str, str]] | None, refi
             ("Paired differences", _differences(compared)),
             ("ROC curves", [Picture.drawn("roc", "ROC curves by held-out magnification.", pictures.roc, runs)]),
             ("Calibration", _calibration(networks)),
-            ("Which epoch counts", _selection(networks)),
-            ("Other metrics", _other_metrics(groups)),
             ("What embeddings tell of the acquisition", _invariance(networks)),
             *([("Zoom curves", curves)] if (curves := zoom_blocks(networks)) else []),
             *signature_sections(runs, refits),
@@ -271,11 +269,8 @@ def _differences(compared: list[Comparison]) -> list:
         ]
         for each in compared
     ]
-    drawn = []
-    for name, chosen, better in (("brier", ("brier",), "below"), ("auc_f1", ("auc", "f1"), "above")):
-        caption = f"Differences with 95 % intervals over patients; {better} 0 favours the first."
-        if lines := [(each.text, *each.measured[:3]) for each in compared if each.metric in chosen]:
-            drawn.append(Picture.drawn(f"forest_{name}", caption, pictures.forest, lines, "difference"))
+    lines = [(each.text, *each.measured[:3]) for each in compared if each.metric == PRIMARY]
+    caption = "Differences with 95 % intervals over patients; below 0 favours the first."
     secondary = sum(not each.primary for each in compared)
     return [
         "p-values come from swapping all of a patient's predictions, in all runs, between the methods (2,000 draws). "
@@ -284,7 +279,7 @@ def _differences(compared: list[Comparison]) -> list:
         "interval, which takes the classes' numbers of patients as given: p can be large where the interval leaves out "
         "0.",
         Table(["", "difference", "estimate", "95 % interval", "p", "p adjusted"], rows),
-        *drawn,
+        Picture.drawn("forest", caption, pictures.forest, lines, "difference of Brier"),
     ]
 
 
@@ -319,38 +314,6 @@ def _calibration(networks: dict[str, list[Run]]) -> list:
         Table(head, rows),
         *([Picture.drawn("reliability", caption, pictures.reliability, runs)] if runs else []),
     ]
-
-
-def _selection(networks: dict[str, list[Run]]) -> list:
-    rows = []
-    for title, runs in networks.items():
-        scores = [metrics.selected_scores(run.predictions) for run in runs]
-        for rule in metrics.SELECTION_RULES:
-            means = [np.mean([each[rule][name] for each in scores]) for name in ("epoch", "auc", "brier")]
-            name = {"last": "last epoch (primary)", "oracle": "oracle: best AUC of the test itself"}.get(rule, rule)
-            rows.append([title + star(runs), name, f"{means[0]:.1f}", f"{means[1]:.3f}", f"{means[2]:.4f}"])
-    return [
-        "All results are the last epoch's: the same number of steps for every method. Other rules over the same runs "
-        "(sensitivity): the best log-loss or AUC of validation patients at the training magnifications. The oracle "
-        "looks at the test and is never a result. Patient-balanced, temperature-scaled, means over runs.",
-        Table(["method", "rule", "mean epoch", "AUC", "Brier"], rows),
-    ]
-
-
-def _other_metrics(groups: dict[str, list[Run]]) -> list:
-    names = ("auc", "average_precision", "f1", "accuracy", "balanced_accuracy", "brier", "log_loss")
-    blocks = ["Means over runs and held-outs, unseen magnification; the worst held-out of AUC and Brier."]
-    for weighting, meaning in (("patient_balanced", "every patient weighs the same"), ("image", "every image does")):
-        rows = []
-        for title, runs in groups.items():
-            some = [Row(title, runs).at(held_out).runs for held_out in held_outs(runs)]
-            table = np.array([[_mean(each, "parts", "test", weighting, name) for name in names] for each in some])
-            worst = f"{table[:, 0].min():.3f}", f"{table[:, names.index('brier')].max():.3f}"
-            rows.append([title + star(runs), *(f"{value:.3f}" for value in table.mean(0)), *worst])
-        head = [*(name.replace("_", " ") for name in names), "worst AUC", "worst Brier"]
-        blocks += [f"{weighting.replace('_', '-').capitalize()}: {meaning}.", Table(["method", *head], rows)]
-    blocks.append("Patient-balanced accuracy is BreaKHis' patient recognition rate. F1 and accuracies are at 0.5.")
-    return blocks
 
 
 def _invariance(networks: dict[str, list[Run]]) -> list:

@@ -1,20 +1,19 @@
-"""What anyone's predictions are worth: intervals, calibration, types, worst patients, threshold, abstention."""
+"""What anyone's predictions are worth: intervals, calibration, a threshold, types and domains."""
 
 import warnings
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from magnification_invariant import metrics
 from magnification_invariant.data.splits import domain_name
 from magnification_invariant.metrics.intervals import FEWEST_PATIENTS
 from magnification_invariant.report.page import Picture, Section, Table, interval
-from magnification_invariant.report.pictures import lines, reliability_of
+from magnification_invariant.report.pictures import reliability_of
 
 TEXTS = ("filename", "label", "patient", "part", "subtype", "domain", "magnification")
-COVERAGES = (1.0, 0.9, 0.8, 0.7, 0.5)
 
 
 def read_predictions(path: Path) -> dict[str, np.ndarray]:
@@ -31,42 +30,30 @@ def read_predictions(path: Path) -> dict[str, np.ndarray]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no such file: {path}")
     try:
-        table = pq.read_table(path)
+        table = pd.read_parquet(path)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise OSError(f"{path} is not a Parquet file of predictions: {error}") from error
-    if "epoch" in table.column_names and len(table):
-        epoch = _epochs(path, table["epoch"].to_pylist())
-        table = table.filter(pa.array(epoch == epoch.max()))
-    columns = {}
-    for name in set(table.column_names) & {"logits", "probability", *TEXTS}:
-        values = table[name].to_pylist()
-        gaps = sum(value is None or value != value for value in values)
+    if "epoch" in table and len(table):
+        epoch = pd.to_numeric(table["epoch"], errors="coerce").astype(float)
+        if unknown := int(epoch.isna().sum()):
+            raise ValueError(f"{path}: column 'epoch' has no value, or no number, in {unknown} of {len(table)} rows")
+        table = table[epoch == epoch.max()]
+    table = table[[name for name in ("logits", "probability", *TEXTS) if name in table]]
+    for name, gaps in table.isna().sum().items():
         if gaps:
             raise ValueError(f"{path}: column {name!r} has no value in {gaps} of {len(table)} rows")
-        if name == "logits":
-            ragged = [i for i, value in enumerate(values) if not isinstance(value, list) or len(value) != 2]
-            if ragged:
-                raise ValueError(
-                    f"{path}: column 'logits' has not two numbers (benign, malignant) in {len(ragged)} of {len(table)} "
-                    f"rows, the first of them row {ragged[0]}: {values[ragged[0]]!r}"
-                )
-        columns[name] = np.array(values)
-    keys = [name for name in ("filename", "patient", "part") if name in columns]
-    if "filename" in keys:
-        twice = len(table) - len(set(zip(*(columns[name].tolist() for name in keys), strict=True)))
-        if twice:
-            warnings.warn(f"{path}: {twice} of {len(table)} rows are of an image that is there already", stacklevel=2)
-    return columns
-
-
-def _epochs(path: Path, values: list) -> np.ndarray:
-    try:
-        epoch = np.array([float("nan") if value is None else float(value) for value in values])
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: column 'epoch' holds {values[0]!r}, which is no number") from error
-    if np.isnan(epoch).any():
-        raise ValueError(f"{path}: column 'epoch' has no value in {int(np.isnan(epoch).sum())} of {len(epoch)} rows")
-    return epoch
+    if "logits" in table:
+        logits = table["logits"].tolist()
+        ragged = [i for i, row in enumerate(logits) if np.shape(row) != (2,)]
+        if ragged:
+            raise ValueError(
+                f"{path}: column 'logits' has not two numbers (benign, malignant) in {len(ragged)} of {len(table)} "
+                f"rows, the first of them row {ragged[0]}: {logits[ragged[0]]!r}"
+            )
+    keys = [name for name in ("filename", "patient", "part") if name in table]
+    if "filename" in keys and (twice := int(table.duplicated(keys).sum())):
+        warnings.warn(f"{path}: {twice} of {len(table)} rows are of an image that is there already", stacklevel=2)
+    return {name: np.array(table[name].tolist()) for name in table}
 
 
 def checked(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -151,9 +138,7 @@ def sections(
             ("Metrics", _metrics(test)),
             ("Calibration", _calibration(test, temperature, source)),
             ("Threshold", _threshold(test, val if part != "val" else {"label": []}, sensitivity)),
-            ("Abstention", _abstention(test)),
             *domains,
-            ("Worst patients", _worst_patients(test)),
         ]
 
 
@@ -207,7 +192,7 @@ def _calibration(test: dict, temperature: float, source: str) -> list:
         f"Temperature {temperature:.3f}: {source}. The oracle's shows what a temperature could give, and is no result. "
         "Brier = miscalibration - discrimination + uncertainty (CORP).",
         Table(head, rows),
-        Picture.drawn("reliability", "Reliability, bins of equal mass.", reliability_of, label, kinds, weight),
+        Picture.drawn("reliability", "Reliability, bins of equal mass.", reliability_of, {"": (label, kinds, weight)}),
     ]
 
 
@@ -236,39 +221,6 @@ def _threshold(test: dict, val: dict, wanted: float) -> list:
         f"probability of {threshold:.4f} and above is called malignant. What it gives on the test:",
         Table(["", "sensitivity", "specificity"], rows),
     ]
-
-
-def _abstention(test: dict) -> list:
-    confidence = np.abs(test["probability"] - 0.5).round(12)
-    weight = metrics.patient_weights(test["patient"])
-    wrong = (test["probability"] >= 0.5) != (test["label"] == 1)
-    values, index = np.unique(-confidence, return_inverse=True)  # ties are kept or dropped together
-    covered = np.cumsum(np.bincount(index, weight)) / weight.sum()
-    error = np.cumsum(np.bincount(index, weight * wrong)) / (covered * weight.sum())
-    at = [min(np.searchsorted(covered, c - 1e-9), len(values) - 1) for c in COVERAGES]
-    rows = [[f"{covered[i]:.2f}", f"{0.5 - values[i]:.3f}", f"{1 - error[i]:.3f}"] for i in at]
-    labels = ("share of the images that is decided, patients weighing the same", "share of wrong decisions")
-    curve = {"": (covered, error)}
-    return [
-        "If the least certain images are left undecided: at least that share is decided, by probabilities as far "
-        "from 0.5 as this, with this accuracy.",
-        Table(["decided", "probability at least, or at most 1 minus it", "accuracy"], rows),
-        Picture.drawn("abstention", "Error against the share of images decided.", lines, curve, *labels),
-    ]
-
-
-def _worst_patients(test: dict, n: int = 10) -> list:
-    rows = []
-    for patient in np.unique(test["patient"]):
-        chosen = test["patient"] == patient
-        label, p = test["label"][chosen], test["probability"][chosen]
-        rows.append((float(np.mean((p - label) ** 2)), str(patient), label, p))
-    rows.sort(key=lambda row: -row[0])
-    cells = []
-    for score, patient, label, p in rows[:n]:
-        figures = [f"{p.mean():.3f}", f"{np.mean((p >= 0.5) == label):.2f}", f"{score:.3f}"]
-        cells.append([patient, f"{label.mean():.2f}", str(len(p)), *figures])
-    return [Table(["patient", "malignant", "images", "mean probability", "named rightly", "Brier"], cells)]
 
 
 def _by(test: dict, name: str) -> list:

@@ -46,22 +46,33 @@ def _save(figure, path) -> None:
 def reliability(runs: Iterable[Run], path, part: str = "test") -> None:
     """Reliability as trained, at the fitted temperature and at the oracle's, a panel a row of the table.
 
-    Bins of equal mass, patient-balanced, all runs of a method together; T is the runs' geometric mean.
+    Patient-balanced, all runs of a method together; T is the runs' geometric mean.
     """
-    groups = by_title(runs)
-    figure, axes = _figure(len(groups))
-    kinds = {"as trained": "0.5", "scaled on validation": "#31a354", "oracle: scaled on the test itself": "#756bb1"}
-    for axis, (title, group) in zip(axes, groups.items(), strict=True):
+    panels = {}
+    for title, group in by_title(runs).items():
+        kinds = {
+            "as trained": [1.0] * len(group),
+            "scaled on validation": [run.temperature for run in group],
+            "oracle: scaled on the test itself": [run.oracle_temperature(part) for run in group],
+        }
+        columns = {f"{kind}, T={np.exp(np.mean(np.log(used))):.2f}": used for kind, used in kinds.items()}
+        columns = {kind: joined(group, part, used) for kind, used in columns.items()}
+        p = next(iter(columns.values()))
+        weight = np.concatenate([metrics.patient_weights(p["groups"][p["runs"] == k]) for k in range(len(group))])
+        panels[title] = p["y_true"], {kind: each["y_prob"] for kind, each in columns.items()}, weight
+    reliability_of(panels, path)
+
+
+def reliability_of(panels: dict[str, tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]], path) -> None:
+    """Reliability in bins of equal mass, a panel a title: labels (n,), probabilities (n,) by name, weights (n,)."""
+    figure, axes = _figure(len(panels))
+    for axis, (title, (label, kinds, weight)) in zip(axes, panels.items(), strict=True):
         axis.plot([0, 1], [0, 1], color="0.7", lw=1)
-        temperatures = zip(*((1.0, run.temperature, run.oracle_temperature(part)) for run in group), strict=True)
-        for (label, colour), used in zip(kinds.items(), temperatures, strict=True):
-            p = joined(group, part, used)
-            weight = np.concatenate([metrics.patient_weights(p["groups"][p["runs"] == k]) for k in range(len(group))])
-            curve = metrics.reliability_curve(p["y_true"], p["y_prob"], sample_weight=weight, n_bins=8)
-            brier = metrics.brier(p["y_true"], p["y_prob"], sample_weight=weight)
-            mean = np.exp(np.mean(np.log(used)))
-            style = {"color": colour, "marker": "o", "ms": 4, "ls": ":" if label.startswith("oracle") else "-"}
-            axis.plot(curve.predicted, curve.observed, **style, label=f"{label}, T={mean:.2f}, Brier {brier:.3f}")
+        for name, p in kinds.items():
+            curve = metrics.reliability_curve(label, p, sample_weight=weight, n_bins=8)
+            brier = metrics.brier(label, p, sample_weight=weight)
+            style = {"marker": "o", "ms": 4, "ls": ":" if name.startswith("oracle") else "-"}
+            axis.plot(curve.predicted, curve.observed, **style, label=f"{name}, Brier {brier:.3f}")
         axis.set(title=title, xlabel="predicted probability of malignant", ylabel="observed share", aspect="equal")
         axis.legend(loc="upper left", fontsize=7)
     _save(figure, path)
@@ -109,29 +120,6 @@ def forest(lines: list[tuple[str, float, float, float]], xlabel: str, path) -> N
     axis.plot(value, y, "s", color="#2c7fb8", ms=5)
     axis.set(xlabel=xlabel, ylim=(-0.7, len(lines) - 0.3))
     axis.set_yticks(y, [line[0] for line in lines])
-    _save(figure, path)
-
-
-def reliability_of(label: np.ndarray, kinds: dict[str, np.ndarray], weight: np.ndarray, path) -> None:
-    """Reliability of several probabilities (n,) of the same rows, by name; bins of equal mass."""
-    figure, (axis,) = _figure(1, 5.5, 5.0)
-    axis.plot([0, 1], [0, 1], color="0.7", lw=1)
-    for name, p in kinds.items():
-        curve = metrics.reliability_curve(label, p, sample_weight=weight, n_bins=8)
-        axis.plot(curve.predicted, curve.observed, "o-", ms=4, label=name)
-    axis.set(xlabel="predicted probability of malignant", ylabel="observed share", aspect="equal")
-    axis.legend(loc="upper left", fontsize=8)
-    _save(figure, path)
-
-
-def lines(curves: dict[str, tuple[np.ndarray, np.ndarray]], xlabel: str, ylabel: str, path) -> None:
-    """Curves (x, y) by name."""
-    figure, (axis,) = _figure(1, 6.0, 4.0)
-    for name, (x, y) in curves.items():
-        axis.plot(x, y, label=name)
-    axis.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
-    if any(curves):
-        axis.legend(fontsize=8)
     _save(figure, path)
 
 

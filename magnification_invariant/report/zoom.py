@@ -13,11 +13,7 @@ from magnification_invariant.report import pictures
 from magnification_invariant.report.page import Picture, Table, interval, number
 from magnification_invariant.report.runs import star
 
-SHOWN = {
-    "rendered": "virtual, drawn anew",
-    "crop": "constant crop",
-    "field": "constant field of view",
-}
+SHOWN = {"rendered": "virtual, drawn anew", "field": "constant field of view"}
 
 
 class Point(NamedTuple):
@@ -71,8 +67,8 @@ def zoom_blocks(networks: dict[str, list[Run]]) -> list:
     return [
         "Tested patients at one scale after the other, um/px at the network's input, seen and unseen magnifications "
         "together. Virtual tissue is drawn anew at every scale. Photographs are only downsampled, as long as the short "
-        "side holds the network's input: at a constant crop (as many pixels, more tissue) or a constant field of view "
-        "(the same tissue in fewer tiles, which are averaged). Magnifications differ in fields and optics and are "
+        "side holds the network's input: the same tissue in fewer tiles, which are averaged. Magnifications differ in "
+        "fields and optics and are "
         "separate curves. Patient-balanced, at the fitted temperature. CKA (linear, unbiased) compares embeddings of "
         "the same fields here and at the reference, the finest scale in the range trained on.",
         *drawn,

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 
 from magnification_invariant.files import read_json, whole, write_json
 from magnification_invariant.hub_files import resolve, upload
+from magnification_invariant.model_folder import damage_of
 
 if TYPE_CHECKING:
     import torch
@@ -237,13 +238,7 @@ def _content(path: Path, read: Callable[[Path], Any]) -> Any:
     """What `read` makes of a file, or a ValueError that says what it is instead."""
     from safetensors import SafetensorError
 
-    with open(path, "rb") as file:
-        start = file.read(len(b"version https://git-lfs"))
-    if start == b"version https://git-lfs":
-        raise ValueError(f"{path} is a git-lfs pointer and not the file itself: {_WAY_ON}")
-    if not start:
-        raise ValueError(f"{path} is empty: {_WAY_ON}")
     try:
         return read(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is cut or damaged ({error}): {_WAY_ON}") from None
+    except (ValueError, SafetensorError) as error:
+        raise ValueError(f"{path} {damage_of(path)} ({error}): {_WAY_ON}") from None

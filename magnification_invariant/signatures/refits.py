@@ -10,8 +10,6 @@ from sklearn.base import clone
 from magnification_invariant.metrics import chance_jaccard, jaccard, nogueira
 from magnification_invariant.signatures.sparse_signature import SparseSignature
 
-MONTE_CARLO = 30  # refits from which on their spread makes an interval
-
 
 def refit_supports(
     signature: SparseSignature,
@@ -69,16 +67,15 @@ def refit_stability(
     """Measures how far the refits of `refit_supports` agree, over live dimensions; arguments as there.
 
     Returns:
-        refits: How the parts were made; the keys of `agreement`; interval: what `nogueira_interval` speaks of.
+        refits: How the parts were made; and the keys of `agreement`. The interval of halves is a Monte Carlo one,
+        conditional on the cohort: it holds the chance of the halves, not of the patients.
     """
     supports = refit_supports(signature, X, y, domains, groups, n_subsamples=n_subsamples, seed=seed)
-    figures, meaning = agreement(supports[:, signature.live_]), "none: too few refits"
-    if n_subsamples >= MONTE_CARLO:
-        meaning = "Monte Carlo, conditional on the cohort: it holds the chance of the halves, not of the patients"
+    figures = agreement(supports[:, signature.live_])
     if not n_subsamples:
-        return {"refits": "each training domain left out once", **figures, "interval": meaning}
+        return {"refits": "each training domain left out once", **figures}
     figures["jaccard_pairs"] = None  # too many to keep
-    return {"refits": f"{n_subsamples} halves of the patients", **figures, "interval": meaning}
+    return {"refits": f"{n_subsamples} halves of the patients", **figures}
 
 
 def agreement(supports: ArrayLike) -> dict[str, Any]:

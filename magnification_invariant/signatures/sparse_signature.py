@@ -24,15 +24,14 @@ class NothingToSelect(ValueError):
 class SparseSignature(ClassifierMixin, OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     """L1-regularised logistic regression on standardised embeddings; its support is the signature.
 
-    The penalty is chosen by the log-loss, every patient weighing the same, of patients that the coefficients have not
-    seen: the validation part handed to `fit`, or patient-grouped cross-validation with the scaling refitted in every
-    fold. Several classes are fitted one against the rest, on one grid; the signature is the union of their supports.
+    The penalty is the largest whose log-loss lies within one standard error of the smallest (Breiman et al. 1984). The
+    loss is that of patients that the coefficients have not seen, every patient weighing the same: the validation part
+    handed to `fit`, or patient-grouped cross-validation with the scaling refitted in every fold. Several classes are
+    fitted one against the rest, on one grid; the signature is the union of their supports.
 
     Args:
         n_lambdas: Penalties on the path.
         ratio: Last over first penalty of the path; the first one keeps every coefficient at 0.
-        rule: "one_se" takes the largest penalty whose loss lies within one standard error (over patients) of the
-            smallest loss (Breiman et al. 1984), "min" the penalty of the smallest loss.
         cv: Folds of the cross-validation that is used where `fit` gets no validation part.
         lambda_fraction: Fixes the penalty to this fraction of the first one: refits then differ in their data alone.
         tol: KKT tolerance of the solver, in units of the penalty.
@@ -57,7 +56,6 @@ class SparseSignature(ClassifierMixin, OneToOneFeatureMixin, TransformerMixin, B
         self,
         n_lambdas: int = 30,
         ratio: float = 1e-3,
-        rule: str = "one_se",
         cv: int = 5,
         lambda_fraction: float | None = None,
         tol: float = 1e-4,
@@ -65,7 +63,6 @@ class SparseSignature(ClassifierMixin, OneToOneFeatureMixin, TransformerMixin, B
     ):
         self.n_lambdas = n_lambdas
         self.ratio = ratio
-        self.rule = rule
         self.cv = cv
         self.lambda_fraction = lambda_fraction
         self.tol = tol
@@ -129,8 +126,6 @@ class SparseSignature(ClassifierMixin, OneToOneFeatureMixin, TransformerMixin, B
         return self
 
     def _check_parameters(self) -> None:
-        if self.rule not in ("one_se", "min"):
-            raise ValueError(f"rule must be 'one_se' or 'min', not {self.rule!r}")
         if not (self.n_lambdas >= 2 and 0 < self.ratio < 1 and self.cv >= 2 and self.tol > 0):
             raise ValueError(f"n_lambdas and cv must be at least 2, 0 < ratio < 1 and tol > 0, not as in {self}")
         if self.lambda_fraction is not None and not 0 < self.lambda_fraction <= 1:
@@ -164,7 +159,7 @@ class SparseSignature(ClassifierMixin, OneToOneFeatureMixin, TransformerMixin, B
             losses = self._cross_validate(X, codes, patients)
         loss, se = losses.mean(axis=0), losses.std(axis=0, ddof=1) / np.sqrt(len(losses))
         best = int(np.argmin(loss))
-        within = loss <= loss[best] + (se[best] if self.rule == "one_se" else 0)
+        within = loss <= loss[best] + se[best]
         self._chosen = int(np.argmax(within))
         self.validation_loss_, self.validation_se_ = loss, se
 

@@ -18,7 +18,6 @@ from PIL import Image
 
 from magdg import main
 from magnification_invariant.data.breakhis import load_breakhis
-from magnification_invariant.data.parquet import to_parquet
 from magnification_invariant.data.scale import digital_zoom
 from magnification_invariant.data.table import describe, load_table
 from magnification_invariant.model_folder import read_model_config
@@ -420,8 +419,18 @@ def test_two_scanners_are_enough(slides, tmp_path):
 def test_what_was_rescaled_is_marked_in_records_and_table(breakhis_tree, tmp_path, capsys):
     ds = load_breakhis(breakhis_tree)
     chosen = [i for i, magnification in enumerate(ds["magnification"]) if magnification == 100]
-    to_parquet(digital_zoom(ds.select(chosen), (50, 100, 200)), tmp_path / "zoomed")
-    command = ["lomo", "--data", str(tmp_path / "zoomed"), "--held-out", "50", "--folds", "0", "--methods", "erm"]
+    digital_zoom(ds.select(chosen), (50, 100, 200)).to_parquet(tmp_path / "z.parquet")
+    command = [
+        "lomo",
+        "--data",
+        str(tmp_path / "z.parquet"),
+        "--held-out",
+        "50",
+        "--folds",
+        "0",
+        "--methods",
+        "erm",
+    ]
     assert main([*command, "--epochs", "1", *SMALL, "--image-size", "16", "--output-dir", str(tmp_path / "runs")]) == 0
     assert "] rescaled: some images are digital zoom" in capsys.readouterr().out
     (folder,) = (tmp_path / "runs").glob("erm-*lomo50-fold0-seed0-*")

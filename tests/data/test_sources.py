@@ -15,13 +15,12 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from datasets.table import embed_table_storage
 from PIL import Image
 
 from magnification_invariant.data.archives import LIMIT
-from magnification_invariant.data.breakhis import features, load_breakhis, name_fields
+from magnification_invariant.data.breakhis import load_breakhis
 from magnification_invariant.data.images import image_files
-from magnification_invariant.data.parquet import to_parquet
-from magnification_invariant.data.published import slides
 from magnification_invariant.files import cache_root
 
 
@@ -81,22 +80,21 @@ def test_a_url_that_is_not_there(url_of):
         load_breakhis(url_of("nothing.zip"))
 
 
+def with_images(ds):
+    """The table with the files themselves in it, as `push_to_hub` sends it."""
+    return ds.with_format("arrow").map(embed_table_storage, batched=True).with_format(None)
+
+
 def test_parquet_is_the_folder(breakhis_tree, tmp_path):
-    ds = load_breakhis(breakhis_tree)
-    shards = to_parquet(ds, tmp_path, shard_bytes=1)
-    assert [path.name for path in shards] == ["train-00000-of-00001.parquet"]
-    for source in (tmp_path, shards[0]):
-        assert_same(load_breakhis(source), ds)
-    assert_same(datasets.load_dataset(str(tmp_path), split="train"), ds)  # as the card says
-    # An older export is replaced; that images were resampled is not forgotten.
-    rescaled = ds.select(range(20)).add_column("rescaled", [True] * 20)
-    (shard,) = to_parquet(rescaled, tmp_path)
-    assert list((tmp_path / "data").iterdir()) == [shard]
-    assert_same(load_breakhis(tmp_path), rescaled)
-    (tmp_path / "data" / "mine.txt").touch()
-    with pytest.raises(FileExistsError, match=r"mine\.txt"):
-        to_parquet(ds, tmp_path)
-    assert shard.is_file()
+    ds = load_breakhis(breakhis_tree).add_column("rescaled", [False, True] * 16)  # which is not forgotten
+    parts = [tmp_path / f"{i}.parquet" for i in range(2)]
+    for i, part in enumerate(parts):
+        with_images(ds).shard(2, i).to_parquet(part)
+    assert_same(load_breakhis(tmp_path), ds)
+    assert_same(load_breakhis(parts[0]), ds.shard(2, 0))
+    parts[0].write_bytes(parts[0].read_bytes()[:-100])
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        load_breakhis(tmp_path)
 
 
 def test_a_mirror_with_nothing_but_named_images_is_the_folder(breakhis_tree, tmp_path):
@@ -105,37 +103,6 @@ def test_a_mirror_with_nothing_but_named_images_is_the_folder(breakhis_tree, tmp
     mirror = datasets.Dataset.from_dict({"image": images[::-1]}, datasets.Features(image=datasets.Image()))
     mirror.to_parquet(tmp_path / "mirror.parquet")
     assert_same(load_breakhis(tmp_path), ds)
-
-
-def test_shards_are_cut_and_named(archive_of, breakhis_tree, tmp_path, monkeypatch):
-    monkeypatch.setattr("magnification_invariant.data.parquet._BATCH", 5)
-    shards = to_parquet(load_breakhis(archive_of / "b.zip"), tmp_path, shard_bytes=1)
-    assert [path.name for path in shards] == [f"train-{i:05d}-of-00007.parquet" for i in range(7)]
-    assert_same(load_breakhis(tmp_path), load_breakhis(breakhis_tree))
-    shards[0].write_bytes(shards[0].read_bytes()[:-100])
-    with pytest.raises(ValueError, match=str(tmp_path)):
-        load_breakhis(tmp_path)
-
-
-def test_the_card_is_for_the_hub(tmp_path):
-    huggingface_hub = pytest.importorskip("huggingface_hub")
-    names = [name for slide in slides()[:30] for name in slide.names]
-    rows = [{**name_fields(name), "image": None, "mpp": 1.0, "filename": f"{name}.png"} for name in names]
-    to_parquet(datasets.Dataset.from_list(rows, features=features()), tmp_path)
-    card = huggingface_hub.DatasetCard.load(tmp_path / "README.md")
-    assert card.data.license == "other" and card.data.license_link.endswith("jxwvdwhpc2.1")
-    assert card.data.configs == [
-        {"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*.parquet"}]}
-    ]
-    assert card.data.size_categories == ["1K<n<10K"]
-    for said in (
-        f"known subset: {len(names):,} of BreaKHis's 7,909",
-        "not verified",
-        "10.1109/TBME.2015.2496264",
-        "0.4924 (40X)",
-        "never by image",
-    ):
-        assert said in card.text
 
 
 def test_what_is_meant_must_be_clear(breakhis_tree, tmp_path):
@@ -160,8 +127,8 @@ def test_changed_files_never_give_old_rows(breakhis_tree, tmp_path, kind, archiv
         if kind == "folder":
             return tree
         if kind == "parquet":
-            to_parquet(load_breakhis(tree), tmp_path / "parquet")
-            return tmp_path / "parquet"
+            with_images(load_breakhis(tree)).to_parquet(tmp_path / "b.parquet")
+            return tmp_path / "b.parquet"
         if kind == "url":
             return url_of(Path(shutil.make_archive(archive_of / "changing", "zip", tree)).name)
         return shutil.make_archive(tmp_path / "packed", kind, tree)

@@ -12,7 +12,6 @@ from magnification_invariant.data.splits import leave_one_magnification_out
 from magnification_invariant.engine import FitConfig
 from magnification_invariant.lomo.cell import Cell
 from magnification_invariant.lomo.run import run_cell
-from magnification_invariant.metrics import select_epoch
 from magnification_invariant.records import NORMALISED, Run
 from magnification_invariant.tasks import TASKS, MagGAN
 
@@ -46,7 +45,6 @@ def contents(run):
     of_val = run.predictions.filter([part == "val" for part in run.predictions["part"].to_pylist()])
     return {
         **{name: (run.folder / name).read_bytes() if (run.folder / name).exists() else None for name in FILES},
-        "epochs": [select_epoch(rule, run.predictions) for rule in ("last", "val_log_loss", "val_auc")],
         "validation": of_val.to_pydict(),
         "embeddings": [run.embeddings(part).tolist() for part in ("train", "val")],
         "scales": [run.results[name] for name in ("base_range", "mpp_range")],

@@ -14,7 +14,6 @@ from magnification_invariant.predict import Classifier, app
 from magnification_invariant.virtual_slides import render_field, virtual_field
 
 gr = pytest.importorskip("gradio")
-pytest.importorskip("captum")
 
 
 @pytest.fixture(scope="module")

@@ -72,12 +72,10 @@ def test_a_model_of_no_scale_shows_every_image_whole(tiny_model):
         known.predict(tissue(0.5))
 
 
-def test_coarser_than_known_warns_and_strict_refuses(classifier):
+def test_coarser_than_known_warns(classifier):
     with pytest.warns(UserWarning, match=r"2 um/px is coarser than the model knows \(0.2 to 0.8\)"):
         row = only(classifier.predict(tissue(0.5), 2.0))
     assert row["mpp"] == 2.0 and row["probability"] is not None  # not enlarged, and predicted all the same
-    with pytest.raises(ValueError, match="coarser than the model knows"):
-        classifier.predict(tissue(0.5), 2.0, strict=True)
     with pytest.warns(UserWarning, match="was a magnification meant"):
         classifier.predict(tissue(0.5), 10.0)
 

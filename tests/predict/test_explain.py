@@ -9,8 +9,6 @@ from magdg import main
 from magnification_invariant.predict import Classifier, explain
 from magnification_invariant.virtual_slides import render_field, virtual_field
 
-pytest.importorskip("captum")
-
 
 @pytest.fixture(scope="module")
 def classifier(tiny_model):
@@ -35,7 +33,7 @@ def margin(classifier, tiles):
 
 def test_activation_maps_sum_to_the_margin(classifier, tiles):
     """Global pooling and a linear head: the mean of the map over its cells is the margin but for the bias."""
-    maps = explain.activation_maps(classifier.network, tiles)
+    maps = explain.activation_maps(classifier.network, tiles).numpy()
     cells = maps.shape[1] * maps.shape[2]
     bias = classifier.network.model.fc.bias.detach().numpy()
     # the gradient of a pooled cell is 1 / cells of the head's weight: the map's sum is already the mean
@@ -43,19 +41,11 @@ def test_activation_maps_sum_to_the_margin(classifier, tiles):
     assert cells > 1 and not np.allclose(maps, maps.mean())
 
 
-def test_integrated_gradients_sum_to_the_difference_from_white(classifier, tiles):
-    maps = explain.integrated_gradients(classifier.network, tiles, steps=128)
-    white = margin(classifier, np.full_like(tiles, 255))
-    difference = margin(classifier, tiles) - white
-    np.testing.assert_allclose(maps.sum((1, 2)), difference, rtol=0.05, atol=0.05 * np.abs(difference).max())
-
-
 def test_a_map_of_a_large_view_is_that_of_its_tiles(classifier, picture):
     view = np.asarray(picture)[:64, :128]
-    for method in (explain.smooth_activation_maps, explain.integrated_gradients):
-        whole = explain.map_of_view(classifier, view, method)
-        parts = [explain.map_of_view(classifier, view[:, left : left + 64], method) for left in (0, 64)]
-        np.testing.assert_allclose(whole, np.hstack(parts), atol=1e-4)
+    whole = explain.map_of_view(classifier, view)
+    parts = [explain.map_of_view(classifier, view[:, left : left + 64]) for left in (0, 64)]
+    np.testing.assert_allclose(whole, np.hstack(parts), atol=1e-4)
 
 
 def test_the_page_of_one_image(tiny_model, classifier, picture, tmp_path, capsys):
@@ -66,7 +56,7 @@ def test_the_page_of_one_image(tiny_model, classifier, picture, tmp_path, capsys
     printed = capsys.readouterr().out
     assert printed.count("um/px: P(malignant)") == 4 and "not recorded" in printed
     with Image.open(out) as page:
-        assert page.width > page.height > 500
+        assert page.width > page.height > 400
     assert main(command) == 2 and "pass --mpp" in capsys.readouterr().err
     assert main([*command, "--mpp", "40"]) == 2 and "magnification of 40" in capsys.readouterr().err
     (tmp_path / "image.png").write_text("text")

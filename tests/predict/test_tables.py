@@ -153,7 +153,6 @@ def test_the_command(tiny_model, pictures, tmp_path, capsys):
     good = ["predict", str(pictures / "1.png"), "--model", str(tiny_model), "--out", str(out)]
     assert main([*good, "--mpp", "0.5", "--view", "protocol"]) == 0
     assert main([*good, "--mpp", "2"]) == 0 and "coarser than the model knows" in capsys.readouterr().out
-    assert main([*good, "--mpp", "2", "--strict-mpp"]) == 1
     assert main(good) == 1 and "its scale is not known" in capsys.readouterr().out
 
 

@@ -37,7 +37,7 @@ def write_curves(folder, seed, mpp_range=(0.1, 0.8)):
             score = (0.8 - 0.3 * k) * (2 * label - 1) + rng.standard_normal(n)
             for i in range(n):
                 rows.append({"filename": f"{i}.png", "patient": str(i), "label": int(label[i]), "source": source})
-                rows[-1] |= {"variant": "crop", "mpp": mpp, "field": 32 * mpp, "logits": [0.0, float(score[i])]}
+                rows[-1] |= {"variant": "field", "mpp": mpp, "field": 32 * mpp, "logits": [0.0, float(score[i])]}
                 rows[-1] |= {"cka": 1 - 0.2 * k - 0.1 * seed * (k > 0), "reference": k == 0}
     pq.write_table(pa.Table.from_pylist(rows), folder / ZOOM)
     return run
@@ -85,8 +85,8 @@ def test_no_line_joins_magnifications_and_the_trained_range_is_marked(runs, monk
         assert upright == {0.4, 0.25}
     assert isinstance(table, Table)
     assert [row[:5] for row in table.rows] == [
-        ["erm", "100X", "constant crop", "40X", "0.5 to 1, reference 0.5"],
-        ["erm", "100X", "constant crop", "100X (unseen)", "0.2 to 0.3, reference 0.2"],
+        ["erm", "100X", "constant field of view", "40X", "0.5 to 1, reference 0.5"],
+        ["erm", "100X", "constant field of view", "100X (unseen)", "0.2 to 0.3, reference 0.2"],
     ]
     assert [row[-1] for row in table.rows] == ["0.55", "0.75"]
 

@@ -31,27 +31,20 @@ def cohort(n_patients: int = 40, images: int = 6, d: int = 30, seed: int = 0, cl
 def test_the_penalty_is_chosen_by_the_patient_balanced_loss_of_the_validation_patients():
     x, y, g = cohort()
     x_val, y_val, g_val = cohort(30, seed=1)
-    for rule in ("min", "one_se"):
-        fitted = SparseSignature(rule=rule).fit(x, y, g, x_val, y_val, g_val)
-        mean, scale = x.mean(axis=0), np.where(x.std(axis=0) > 0, x.std(axis=0), 1)
-        lambdas, coefs, intercepts = l1_logistic_path((x - mean) / scale, y)
-        assert fitted.lambdas_ == pytest.approx(lambdas)
-        prob = 1 / (1 + np.exp(-((x_val - mean) / scale @ coefs.T + intercepts)))
-        losses = [log_loss(y_val, p, patient_weights(g_val)) for p in prob.T]
-        assert fitted.validation_loss_ == pytest.approx(losses, abs=1e-6)
-        best = np.argmin(losses)
-        of_patient = [log_loss(y_val[g_val == k], prob[g_val == k, best]) for k in np.unique(g_val)]
-        bound = losses[best] + (np.std(of_patient, ddof=1) / len(of_patient) ** 0.5 if rule == "one_se" else 0)
-        chosen = np.flatnonzero(np.array(losses) <= bound + 1e-9)[0]
-        assert fitted.lambda_ == pytest.approx(lambdas[chosen])
-        assert fitted.coef_[0] == pytest.approx(coefs[chosen], abs=1e-4)
-        assert (fitted.signature_ == np.flatnonzero(coefs[chosen])).all()
-
-
-def test_one_standard_error_is_never_a_larger_signature_than_the_minimum():
-    x, y, g = cohort()
-    sizes = [len(SparseSignature(rule=rule).fit(x, y, g).signature_) for rule in ("one_se", "min")]
-    assert 0 < sizes[0] <= sizes[1]
+    fitted = SparseSignature().fit(x, y, g, x_val, y_val, g_val)
+    mean, scale = x.mean(axis=0), np.where(x.std(axis=0) > 0, x.std(axis=0), 1)
+    lambdas, coefs, intercepts = l1_logistic_path((x - mean) / scale, y)
+    assert fitted.lambdas_ == pytest.approx(lambdas)
+    prob = 1 / (1 + np.exp(-((x_val - mean) / scale @ coefs.T + intercepts)))
+    losses = [log_loss(y_val, p, patient_weights(g_val)) for p in prob.T]
+    assert fitted.validation_loss_ == pytest.approx(losses, abs=1e-6)
+    best = np.argmin(losses)
+    of_patient = [log_loss(y_val[g_val == k], prob[g_val == k, best]) for k in np.unique(g_val)]
+    bound = losses[best] + np.std(of_patient, ddof=1) / len(of_patient) ** 0.5
+    chosen = np.flatnonzero(np.array(losses) <= bound + 1e-9)[0]
+    assert fitted.lambda_ == pytest.approx(lambdas[chosen])
+    assert fitted.coef_[0] == pytest.approx(coefs[chosen], abs=1e-4)
+    assert (fitted.signature_ == np.flatnonzero(coefs[chosen])).all()
 
 
 def test_cross_validation_never_sees_the_patients_it_judges():
@@ -95,7 +88,7 @@ def test_folds_hold_both_classes_and_each_patient_once():
 def test_dead_dimensions_stay_out():
     x, y, g = cohort()
     x[:, -3] = 1 + 1e-9 * np.arange(len(x))  # float32 would call this constant
-    fitted = SparseSignature(ratio=1e-4, rule="min").fit(x, y, g)
+    fitted = SparseSignature(ratio=1e-4).fit(x, y, g)
     assert fitted.n_live_ == 27 and not fitted.live_[-3:].any()
     assert fitted.signature_.max() < 27 and not fitted.path_coef_[..., -3:].any()
     assert np.isfinite(fitted.decision_function(x + 5)).all()
@@ -125,7 +118,7 @@ def test_a_fixed_fraction_gives_the_point_of_the_path():
 
 def test_it_works_in_a_pipeline_and_more_dimensions_than_rows():
     x, y, g = cohort(20, images=2, d=200, effect=4)
-    pipe = make_pipeline(FunctionTransformer(), SparseSignature(cv=3, rule="min"), StandardScaler())
+    pipe = make_pipeline(FunctionTransformer(), SparseSignature(cv=3), StandardScaler())
     out = pipe.fit_transform(x, y, sparsesignature__groups=g)
     assert len(x) < 200 and out.shape == (len(x), len(pipe[1].signature_))
 
@@ -142,7 +135,6 @@ def test_it_works_in_a_pipeline_and_more_dimensions_than_rows():
         ({"X_val": np.ones((4, 7)), "y_val": [0, 1, 0, 1]}, "7 features"),
         ({"X_val": np.ones((4, 5)), "y_val": [0, 1, 2, 1]}, "labels that training has not"),
         ({"X_val": np.ones((4, 5)), "y_val": [0, 1, 0, 1], "groups_val": [1, 1, 1, 1]}, "two validation patients"),
-        ({"rule": "best"}, "rule must be"),
         ({"lambda_fraction": 2.0}, "lambda_fraction"),
         ({"ratio": 0}, "0 < ratio < 1"),
     ],
@@ -150,6 +142,6 @@ def test_it_works_in_a_pipeline_and_more_dimensions_than_rows():
 def test_bad_input_is_refused(change, message):
     rng = np.random.default_rng(0)
     given = {"X": rng.standard_normal((200, 5)), "y": np.repeat([0, 1], 100), **change}
-    parameters = {k: given.pop(k) for k in ("rule", "lambda_fraction", "ratio") if k in given}
+    parameters = {k: given.pop(k) for k in ("lambda_fraction", "ratio") if k in given}
     with pytest.raises(ValueError, match=message):
         SparseSignature(**parameters).fit(**given)
