@@ -22,6 +22,6 @@ def execute(args) -> int:
     ds = load_data(args)
     model, size = load_network(args.model, args.image_size)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    embed_images(ds, model, size, args.out, batch_size=args.batch_size, model=args.model)
+    embed_images(ds, model, size, args.out, batch_size=args.batch_size, network=args.model)
     print(f"{args.out}: {len(ds):,} embeddings of {model.num_features} numbers")
     return 0

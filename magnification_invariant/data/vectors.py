@@ -184,7 +184,9 @@ def _described(manifest: Path, ids: list[str], source: str) -> dict[str, list]:
         shown = []
         for name in sorted(twice)[:10]:
             rows = [i for i, other in enumerate(names) if other == name]
-            shown.append(f"{name!r} (rows {', '.join(map(str, rows))}: patients {_some(columns['patient'][i] for i in rows)})")
+            shown.append(
+                f"{name!r} (rows {', '.join(map(str, rows))}: patients {_some(columns['patient'][i] for i in rows)})"
+            )
         raise ValueError(f"{manifest} has {len(twice):,} ids more than once: {_some(shown)}; which line is right?")
     row_of = {name: i for i, name in enumerate(names)}
     if unknown := [f"{name!r} (row {i})" for i, name in enumerate(ids) if name not in row_of]:
@@ -317,7 +319,7 @@ class VectorCache:
 
     def __init__(self, ds):
         self.vectors = torch.from_numpy(vectors_of(ds).copy())
-        self.native_mpp = np.asarray(ds["mpp"], float)
+        self.native_mpp = np.asarray(ds["mpp"][:], float)
 
     def __len__(self) -> int:
         return len(self.vectors)

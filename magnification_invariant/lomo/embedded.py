@@ -28,7 +28,7 @@ from magnification_invariant.tasks.frozen import Frozen
 from magnification_invariant.tasks.gan import DegradedERM
 from magnification_invariant.tasks.mixstyle import MixStyle
 
-VECTOR_FIT = {"epochs": 20, "batch_size": 256}  # of `FitConfig`, defaults where the input are vectors
+VECTOR_FIT = {"epochs": 10, "batch_size": 256}  # of `FitConfig`, defaults where the input are vectors
 _ROWS = 256  # images a part that is kept when the making is cut
 _OF_PIXELS = (DegradedERM, MixStyle, Frozen)
 

@@ -191,9 +191,9 @@ def _split(cell: Cell, ds) -> Split:
 
 
 def _job(cell: Cell, ds, run: Run, split: Split, accelerator) -> _Job:
-    columns = {name: np.asarray(ds[name]) for name in ("filename", "patient", "slide", "label")}
-    columns["domain"] = np.asarray(ds[domain_column(ds)])
-    columns["rescaled"] = np.asarray(ds["rescaled"] if "rescaled" in ds.column_names else np.zeros(len(ds)), bool)
+    columns = {name: np.asarray(ds[name][:]) for name in ("filename", "patient", "slide", "label")}
+    columns["domain"] = np.asarray(ds[domain_column(ds)][:])
+    columns["rescaled"] = np.asarray(ds["rescaled"][:] if "rescaled" in ds.column_names else np.zeros(len(ds)), bool)
     if is_of_vectors(ds):
         check_cell(cell)
         return _Job(cell, ds, run, split, VectorCache(ds), columns, None, accelerator)
@@ -276,7 +276,8 @@ def _run_network(job: _Job, config: dict, half: bool) -> None:
 
 
 def _predicted(job: _Job, model, part: str, embedding: str | None = None) -> tuple[np.ndarray, np.ndarray | None]:
-    return predict(model, job.views.views, job.rows(part), embedding=embedding, accelerator=job.accelerator)
+    batch = {} if job.image_size else {"batch_size": 1024}  # a vector is a small tile
+    return predict(model, job.views.views, job.rows(part), embedding=embedding, accelerator=job.accelerator, **batch)
 
 
 def _normalised(job: _Job, model, logits: np.ndarray | None) -> tuple[pa.Table | None, str | None]:

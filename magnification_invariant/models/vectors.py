@@ -64,7 +64,10 @@ class VectorClassifier(nn.Module):
 
 
 default_cfgs = generate_default_cfgs(
-    {name: {"num_classes": 2, "classifier": "head", "first_conv": None, "mean": (), "std": ()} for name in VECTOR_MODELS}
+    {
+        name: {"num_classes": 2, "classifier": "head", "first_conv": None, "mean": (), "std": ()}
+        for name in VECTOR_MODELS
+    }
 )
 
 
@@ -76,5 +79,5 @@ def mag_linear(pretrained: bool = False, **kwargs) -> VectorClassifier:
 
 @register_model
 def mag_hidden(pretrained: bool = False, **kwargs) -> VectorClassifier:
-    """One hidden layer of 256 units on standardised vectors; `width` is theirs."""
-    return build_model_with_cfg(VectorClassifier, "mag_hidden", pretrained, **{"hidden": 256} | kwargs)
+    """One hidden layer of 128 units on standardised vectors; `width` is theirs."""
+    return build_model_with_cfg(VectorClassifier, "mag_hidden", pretrained, **{"hidden": 128} | kwargs)
