@@ -16,6 +16,7 @@ COMMANDS = {
     "demo": "the whole path on virtual slides, in a few minutes on a CPU",
     "prepare": "check a copy of BreaKHis",
     "split": "write patient folds to a file that --split reads",
+    "embed": "write the embeddings of images by any timm network",
     "lomo": "train and test methods on a magnification they never saw",
     "zoom": "predict tested patients at one scale after the other",
     "report": "write a report on finished runs: HTML, Markdown and PNG",
@@ -31,7 +32,7 @@ COMMANDS = {
 }
 
 # Of modules that come with an extra only: its name.
-EXTRAS = {"gradio": "app", "openvino": "openvino"}
+EXTRAS = {"gradio": "app", "openvino": "openvino", "h5py": "hdf5"}
 EXTRAS |= dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "onnx")
 
 

@@ -1,7 +1,7 @@
 """Leave one magnification or scanner out: train and test every method x held-out x fold x seed, print the table."""
 
 from magdg.options import Parser, add_training_arguments, grid_settings
-from magdg.sources import add_data_argument, held_out_domains, load_data, positive
+from magdg.sources import add_data_argument, add_embeddings_arguments, held_out_domains, load_data, positive
 
 __all__ = ["Parser", "add_arguments", "execute"]
 
@@ -10,13 +10,14 @@ def add_arguments(parser) -> None:
     from magnification_invariant.tasks import TASKS
 
     add = parser.add_argument
-    known = f"{', '.join(TASKS)} or module:Class"
+    known = f"{', '.join(TASKS)} or module:Class; of embeddings not gan, degraded, mixstyle, frozen"
     add("--methods", nargs="+", default=["erm", "dann"], metavar="METHOD", help=f"{known}; default: erm dann")
     add("--held-out", nargs="+", metavar="DOMAIN", help="default: every magnification in turn")
     add("--folds", nargs="+", type=int, metavar="N", help="which groups of patients to test; default: all")
     add("--seeds", nargs="+", type=int, default=[0], metavar="N", help="default: 0")
     add("--workers", type=positive, default=1, metavar="N", help="cells at a time, each in a process; default: 1")
     add_data_argument(parser)
+    add_embeddings_arguments(parser)
     add_training_arguments(parser)
 
 
@@ -39,6 +40,6 @@ def train(args) -> tuple[list, list]:
     n_folds = settings.get("n_folds", Cell.n_folds)
     folds = args.folds or range(len(Folds.from_json(settings["split"]).folds) if "split" in settings else n_folds)
     cells = make_grid(args.methods, held_outs, folds, args.seeds, **settings)
-    finished = run_grid(cells, ds, args.output_dir, workers=args.workers, data_source=args.data)
+    finished = run_grid(cells, ds, args.output_dir, workers=args.workers, data_source=args.embeddings or args.data)
     print(markdown(summarise(finished)))
     return cells, finished

@@ -57,9 +57,10 @@ def given(dataclass: type, values: dict[str, Any]) -> dict[str, Any]:
 def options_of(methods: Iterable[str]) -> dict[str, dict[str, Field]]:
     """By name of an option, the methods that have it, and its field there: of all known methods and of `methods`."""
     from magnification_invariant.tasks import TASKS, get_task
+    from magnification_invariant.tasks.floors import FLOORS
 
     owners: dict[str, dict[str, Field]] = {}
-    for method in dict.fromkeys([*TASKS, *methods]):
+    for method in dict.fromkeys([*TASKS, *(method for method in methods if method not in FLOORS)]):
         for field in fields(get_task(method).Options):
             owners.setdefault(field.name, {})[method] = field
     return owners
@@ -98,10 +99,10 @@ def grid_settings(args: argparse.Namespace, methods: list[str]) -> dict[str, Any
     """Arguments of `lomo.grid.make_grid` beside method, held-out, fold and seed; flags win over the recipe.
 
     Raises:
-        ValueError: an option that none of `methods` has.
+        ValueError: an option that none of `methods` has, or one of images with embeddings.
     """
     from magnification_invariant.engine import FitConfig
-    from magnification_invariant.lomo.cell import RECIPES, ZOOM, Cell
+    from magnification_invariant.lomo.cell import OF_PIXELS, RECIPES, ZOOM, Cell
 
     typed = {name: value for name, value in vars(args).items() if name not in ("seed", "zoom")}
     owners = options_of(methods)
@@ -111,7 +112,15 @@ def grid_settings(args: argparse.Namespace, methods: list[str]) -> dict[str, Any
             raise ValueError(f"{flag(name)} is an option of {', '.join(owners[name])}, not of {', '.join(methods)}")
     size = VIRTUAL_IMAGE_SIZE if is_virtual(args.data) else FitConfig.image_size
     values = {"threads": os.cpu_count() or 1, "image_size": size, "zoom": ZOOM if args.zoom else FitConfig.zoom}
-    values |= {} if is_virtual(args.data) else {"init": "imagenet"}
+    if getattr(args, "embeddings", None):
+        from magnification_invariant.lomo.embedded import VECTOR_FIT
+        from magnification_invariant.models import VECTOR_MODELS
+
+        if wrong := [flag(name) for name in OF_PIXELS if name in typed] + ["--zoom"] * args.zoom:
+            raise ValueError(f"{', '.join(wrong)}: of images, and there are --embeddings")
+        values |= {"model": VECTOR_MODELS[0], **VECTOR_FIT}
+    elif not is_virtual(args.data):
+        values["init"] = "imagenet"
     values |= RECIPES[args.recipe] | typed
     return {"options": options, "fit": FitConfig(**given(FitConfig, values)), **given(Cell, values)}
 

@@ -19,6 +19,12 @@ def add_data_argument(parser: argparse.ArgumentParser, default: str | None = VIR
     add_column_arguments(parser)
 
 
+def add_embeddings_arguments(parser: argparse.ArgumentParser) -> None:
+    own = parser.add_argument_group("embeddings in the place of images, see docs/embeddings.md")
+    own.add_argument("--embeddings", metavar="FILE", help="of any network: what magdg embed wrote, Parquet, HDF5, ...")
+    own.add_argument("--manifest", metavar="CSV", help="id, patient, domain and label, where FILE does not say them")
+
+
 def add_source_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="DATA", help=_SOURCES)
 
@@ -50,6 +56,10 @@ def load_data(args: argparse.Namespace, source: str | None = None):
     Raises:
         ValueError: columns are named, but not those of the domain and the group; see `virtual_parameters`.
     """
+    if getattr(args, "embeddings", None):
+        from magnification_invariant.data.vectors import load_embeddings
+
+        return load_embeddings(args.embeddings, args.manifest)
     columns = {name: getattr(args, name) for name in COLUMNS if getattr(args, name) is not None}
     if columns or args.no_groups:
         if "domain_column" not in columns:

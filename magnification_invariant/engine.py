@@ -13,7 +13,7 @@ from timm.utils import ModelEmaV3
 from tqdm import tqdm
 
 from magnification_invariant.data.pixels import PixelCache
-from magnification_invariant.data.views import DRAWS, mean_over_tiles, random_view
+from magnification_invariant.data.views import DRAWS, mean_over_tiles
 from magnification_invariant.files import whole
 from magnification_invariant.models import embed
 from magnification_invariant.tasks import Task
@@ -124,8 +124,11 @@ class Network(torch.nn.Module):
             self.register_buffer(name, 255 * torch.tensor(value, dtype=torch.float32).view(3, 1, 1), persistent=False)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """uint8 RGB (b, 3, size, size) to logits (b, classes) and, where wanted, embedding (b, width)."""
-        x = (images.float() - self.shift) / self.scale
+        """uint8 RGB (b, 3, size, size) to logits (b, classes) and, where wanted, embedding (b, width).
+
+        Vectors, of a model that takes those, are floating and go in as they are.
+        """
+        x = images if images.is_floating_point() else (images.float() - self.shift) / self.scale
         return embed(self.model, x, self.embedding) if self.embedding else (self.model(x),)
 
     def runner(self) -> Callable[[np.ndarray], list[np.ndarray]]:
@@ -134,7 +137,9 @@ class Network(torch.nn.Module):
 
         @torch.inference_mode()
         def run(tiles: np.ndarray) -> list[np.ndarray]:
-            images = torch.from_numpy(tiles).to(self.shift.device).contiguous(memory_format=torch.channels_last)
+            images = torch.from_numpy(tiles).to(self.shift.device)
+            if images.ndim == 4:
+                images = images.contiguous(memory_format=torch.channels_last)
             return [output.float().cpu().numpy() for output in self(images)]
 
         return run
@@ -166,7 +171,7 @@ def fit(
     on_epoch: Callable[[int, torch.nn.Module, dict], None] | None = None,
     description: str = "training",
 ) -> torch.nn.Module:
-    """Train `task` on `rows` of `cache`.
+    """Train `task` on `rows` of `cache`, which says what a batch of them is (`PixelCache`, `VectorCache`).
 
     Every random number is a function of (seed, epoch, step), so that a run cut off and started again from
     `checkpoint` ends as one that was left alone.
@@ -216,16 +221,15 @@ def fit(
     base_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
 
     index, target, domain = (torch.from_numpy(np.ascontiguousarray(a)) for a in (rows.index, rows.target, rows.domain))
-    index, target, domain = index.to(cache.pixels.device), target.to(device), domain.to(device)
+    index, target, domain = index.to(cache.device), target.to(device), domain.to(device)
     steps_per_epoch = math.ceil(len(rows) / config.batch_size)
     steps = steps_per_epoch * config.epochs
     progress = (torch.arange(steps, dtype=torch.float64) / steps).float().to(device)
     generator = torch.Generator(device)
-    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in normalisation(task.model))
+    augment = cache.augmentation(config, *(torch.tensor(v, device=device) for v in normalisation(task.model)))
 
     def forward(images, draws, target, domain, progress, player):
-        view = random_view(images, draws, config.image_size, zoom=config.zoom, stain=config.stain)
-        return wrapped((view - mean) / std, target, domain, progress, player=player)
+        return wrapped(augment(images, draws), target, domain, progress, player=player)
 
     if config.compile:
         torch.compiler.reset()  # it compiles a function eight times and then no more: fits of one process would add up

@@ -15,7 +15,7 @@ from PIL import Image
 from magnification_invariant.data.published import slides
 from magnification_invariant.files import read_json, whole
 from magnification_invariant.hub_files import resolve, snapshot
-from magnification_invariant.models import plain_architecture
+from magnification_invariant.models import VECTOR_MODELS, plain_architecture
 from magnification_invariant.models.domain_head import PREFIX
 from magnification_invariant.models.magdg import head_prefixes
 from magnification_invariant.virtual_slides import YEAR, render_field, virtual_field
@@ -52,7 +52,7 @@ def write_model_folder(
     *,
     name: str,
     label_names: list[str],
-    image_size: int,
+    image_size: int | None,
     normalisation: tuple,
     about: dict[str, Any],
 ) -> Path:
@@ -63,7 +63,7 @@ def write_model_folder(
 
     Args:
         name: architecture and tag, ``magdg_resnet18.breakhis_lomo200``.
-        image_size: side of the network's square input in pixels.
+        image_size: side of the network's square input in pixels; None of one that takes vectors: there is no fixture.
         normalisation: mean and std of the pixels.
         about: further keys of ``config.json``: temperature, base_range, mpp_range, mpp_source, seen, trained_on, ...
 
@@ -71,6 +71,14 @@ def write_model_folder(
     """
     arguments = {k: v for k, v in model._model_args.items() if k not in ("num_classes", "num_domains")}
     mean, std = normalisation
+    of_pixels = {
+        "input_size": [3, image_size, image_size],
+        "mean": list(mean),
+        "std": list(std),
+        "interpolation": "bilinear",
+        "crop_pct": 1.0,
+        "crop_mode": "center",
+    }
     pool = getattr(model, "global_pool", None) or getattr(getattr(model, "head", None), "global_pool", "avg")
     config = {
         "architecture": plain_architecture(model),
@@ -87,12 +95,7 @@ def write_model_folder(
             "classifier": model.pretrained_cfg["classifier"],
             "license": "apache-2.0" if about.get("trained_on") == "virtual" else "other",
             "label_names": label_names,
-            "input_size": [3, image_size, image_size],
-            "mean": list(mean),
-            "std": list(std),
-            "interpolation": "bilinear",
-            "crop_pct": 1.0,
-            "crop_mode": "center",
+            **(of_pixels if image_size else {}),
         },
         "name": name,
         "format": FORMAT,
@@ -103,7 +106,8 @@ def write_model_folder(
         (unfinished / "config.json").write_text(json.dumps(config, indent=2))
         safetensors.torch.save_file(plain_state_dict(model), unfinished / "model.safetensors", {"format": "pt"})
         low, high = about.get("base_range", (1.0, 1.0))  # where the scale is not known, any will do for the fixture
-        _write_fixture(unfinished, image_size, (low * high) ** 0.5)
+        if image_size:
+            _write_fixture(unfinished, image_size, (low * high) ** 0.5)
     return folder
 
 
@@ -134,6 +138,11 @@ def open_model(repo_or_folder: str, revision: str | None = None) -> tuple[Path, 
         raise ValueError(
             f"{repo_or_folder} is not a model of magnification_invariant: its config.json lacks "
             f"{', '.join(missing)}; load it with timm or transformers"
+        )
+    if config["architecture"] in VECTOR_MODELS:
+        raise ValueError(
+            f"{repo_or_folder} classifies embeddings and not images: import magnification_invariant, load it with "
+            f"timm.create_model('local-dir:{repo_or_folder}', pretrained=True), and give it vectors"
         )
     if config.get("format") != FORMAT:
         raise ValueError(

@@ -25,7 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from magnification_invariant.data.images import Encoded, EncodedImages, name_of, open_image, shown_size, to_rgb
-from magnification_invariant.data.views import RESAMPLING, corners, show, shown_pixels, tiles, view_mpp
+from magnification_invariant.data.views import RESAMPLING, corners, random_view, show, shown_pixels, tiles, view_mpp
 from magnification_invariant.files import cache_root
 
 _logger = logging.getLogger(__name__)
@@ -260,6 +260,25 @@ class PixelCache(_Cache):
             place = "disk, mapped"
         _logger.info("%.1f GB of pixels: %s", need / 1e9, place)
         return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where `take` wants its rows."""
+        return self.pixels.device
+
+    def augmentation(self, config, mean: torch.Tensor, std: torch.Tensor) -> Callable:
+        """What training makes of a batch that was taken, of uniform draws (b, `views.DRAWS`): a network's input.
+
+        Args:
+            config: image_size, zoom and stain of an `engine.FitConfig`.
+            mean: Of the pixels in [0, 1], (3,), as the network wants them normalised; `std` too.
+        """
+        mean, std = mean.view(3, 1, 1), std.view(3, 1, 1)
+
+        def shown(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+            return (random_view(images, draws, config.image_size, zoom=config.zoom, stain=config.stain) - mean) / std
+
+        return shown
 
     def take(self, rows: torch.Tensor, device) -> torch.Tensor:
         """Rows of the cache as a uint8 tensor (len(rows), 3, height, width) on `device`."""

@@ -138,7 +138,7 @@ def _read_folder(folder: Path) -> tuple[datasets.Dataset | dict[str, list], Path
         if metadata:
             if "file_name" not in columns:
                 raise ValueError(f"{path} has no column 'file_name', which says what image a row is of.")
-            columns = {"image": [str(path.parent / name) for name in _text(columns, "file_name")], **columns}
+            columns = {"image": [str(path.parent / name) for name in text_column(columns, "file_name")], **columns}
         if tables and columns.keys() != tables[0].keys():
             raise ValueError(f"{path} has other columns than {paths[0]}.")
         tables.append(columns)
@@ -156,13 +156,13 @@ def _read_file(path: Path) -> datasets.Dataset | dict[str, list]:
     if suffix not in _SUFFIXES:
         raise ValueError(f"{path}: tables are {', '.join(_SUFFIXES)} files, or folders.")
     if suffix == ".csv":
-        return _read_csv(path)
+        return read_csv(path)
     if suffix in (".json", ".jsonl"):
         return _read_json(path)
     return read_all(path, suffix[1:], data_files=str(path))
 
 
-def _read_csv(path: Path) -> dict[str, list[str | None]]:
+def read_csv(path: Path) -> dict[str, list[str | None]]:
     """Columns as text; what is empty is None."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -216,8 +216,8 @@ def _standard(table: datasets.Dataset | dict[str, list], folder: Path | None, na
             "columns are read from metadata.csv; a table of another name: pass the file itself.)"
         )
     images = _images(table, names["image"], folder)
-    label, classes = _classes(table, names["label"])
-    domain = _text(table, names["domain"])
+    label, classes = class_column(table, names["label"])
+    domain = text_column(table, names["domain"])
     filename, stated, content = _files(images, read_scale="mpp" not in there)
     if names["group"] is None:
         warnings.warn(
@@ -225,19 +225,19 @@ def _standard(table: datasets.Dataset | dict[str, list], folder: Path | None, na
             "results will be too good, unless every patient has one image",
             stacklevel=3,
         )
-    patient = filename if names["group"] is None else _text(table, names["group"])
+    patient = filename if names["group"] is None else text_column(table, names["group"])
     _warn_of_shared(content, patient, filename)
     text = datasets.Value("string")
     columns = {
         "label": (label, datasets.ClassLabel(names=classes)),
         "domain": (domain, text),
-        "mpp": (_scales(table) if "mpp" in there else stated, datasets.Value("float64")),
+        "mpp": (scale_column(table) if "mpp" in there else stated, datasets.Value("float64")),
         "patient": (patient, text),
-        "slide": (_text(table, "slide") if "slide" in there else patient, text),
+        "slide": (text_column(table, "slide") if "slide" in there else patient, text),
         "filename": (filename, text),
     }
     if "rescaled" in there:
-        flags = [value.lower() == "true" for value in _text(table, "rescaled")]
+        flags = [value.lower() == "true" for value in text_column(table, "rescaled")]
         columns["rescaled"] = (flags, datasets.Value("bool"))
     unknown = sum(map(math.isnan, columns["mpp"][0]))
     if unknown:
@@ -251,7 +251,7 @@ def _standard(table: datasets.Dataset | dict[str, list], folder: Path | None, na
     return datasets.concatenate_datasets([images, datasets.Dataset.from_dict(values, features)], axis=1)
 
 
-def _text(table, column: str) -> list[str]:
+def text_column(table, column: str) -> list[str]:
     """A column as text, as written but for blanks at the ends."""
     values = column_values(table, column)
     names = None if isinstance(table, Mapping) else getattr(table.features[column], "names", None)  # of a ClassLabel
@@ -271,9 +271,9 @@ def _text(table, column: str) -> list[str]:
     return values
 
 
-def _classes(table, column: str) -> tuple[list[int], list[str]]:
+def class_column(table, column: str) -> tuple[list[int], list[str]]:
     """The class of each row, and the names of the two classes."""
-    values = _text(table, column)
+    values = text_column(table, column)
     order = [] if isinstance(table, Mapping) else getattr(table.features[column], "names", [])
     try:
         names = sorted(set(values), key=lambda value: order.index(value) if order else (float(value), value))
@@ -285,7 +285,7 @@ def _classes(table, column: str) -> tuple[list[int], list[str]]:
     return [names.index(value) for value in values], names
 
 
-def _scales(table) -> list[float]:
+def scale_column(table) -> list[float]:
     """Column `mpp` as numbers; what is empty or NaN is not known."""
     values = table["mpp"] if isinstance(table, Mapping) else table.with_format(None)["mpp"][:]
     scales, wrong, why = [], [], ""
@@ -308,7 +308,7 @@ def _images(table, column: str, folder: Path | None) -> datasets.Dataset:
 
     try:
         if isinstance(table, Mapping) or getattr(table.features[column], "dtype", None) in ("string", "large_string"):
-            paths = [str(Path(folder or "", path)) for path in _text(table, column)]
+            paths = [str(Path(folder or "", path)) for path in text_column(table, column)]
             absent = [path for path in paths if not os.path.isfile(path)]
             if absent:
                 raise FileNotFoundError(f"{len(absent):,} images are not where the table says; the first: {absent[0]}")

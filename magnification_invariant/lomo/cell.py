@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from magnification_invariant.data.splits import domain_column
+from magnification_invariant.data.vectors import is_of_vectors, vectors_of
 from magnification_invariant.engine import FitConfig
+from magnification_invariant.models import VECTOR_MODELS
 from magnification_invariant.records import Run
 from magnification_invariant.tasks import get_task
 from magnification_invariant.tasks.floors import FLOORS, READ_IMAGES
@@ -22,6 +24,7 @@ RECIPES = {
 }
 ZOOM = 2.5  # the widest step between neighbouring magnifications of BreaKHis, 40X to 100X
 NOT_READ = ("log_every",)  # of `FitConfig`, what no weight follows from
+OF_PIXELS = ("image_size", "zoom", "stain")  # of `FitConfig`, what nothing follows from where the input are vectors
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,8 @@ class Cell:
         if self.method in FLOORS:
             return {"image_size": self.fit.image_size} if self.method in READ_IMAGES else {}
         own = ("model", "init", "allow_seen_init", "embedding", "mixed_precision", "calibrate")
-        fit = {name: value for name, value in asdict(self.fit).items() if name not in ("seed", *NOT_READ)}
+        unread = ("seed", *NOT_READ, *(OF_PIXELS if self.model in VECTOR_MODELS else ()))
+        fit = {name: value for name, value in asdict(self.fit).items() if name not in unread}
         named = {name: getattr(self, name) for name in own}
         return {**named, "model": self.architecture, **fit, **asdict(self.options)}
 
@@ -170,6 +174,9 @@ def is_finished(folder: Path, cell: Cell, ds) -> bool:
 
 @lru_cache(maxsize=1)  # a grid asks for every cell
 def table_digest(ds) -> str:
-    """Identifies a table by its rows' names, labels, patients and domains."""
+    """Identifies a table by its rows' names, labels, patients and domains, and by its vectors where it has such."""
     columns = zip(*(ds[name] for name in ("filename", "label", "patient", domain_column(ds))), strict=True)
-    return hashlib.sha256(json.dumps(list(columns)).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps(list(columns)).encode())
+    if is_of_vectors(ds):
+        digest.update(vectors_of(ds))
+    return digest.hexdigest()[:16]

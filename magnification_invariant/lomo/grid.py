@@ -10,14 +10,16 @@ import torch
 
 from magnification_invariant.data.pixels import PixelCache, ViewCache
 from magnification_invariant.data.splits import LackingClass
+from magnification_invariant.data.vectors import is_of_vectors
 from magnification_invariant.data.views import cache_height
 from magnification_invariant.engine import Diverged
 from magnification_invariant.files import Busy, locked
 from magnification_invariant.lomo.cell import Cell, is_finished
 from magnification_invariant.lomo.run import run_cell
 from magnification_invariant.model_folder import find_start
+from magnification_invariant.models import VECTOR_MODELS
 from magnification_invariant.tasks import get_task
-from magnification_invariant.tasks.floors import FLOORS
+from magnification_invariant.tasks.floors import FLOORS, OF_IMAGES, OF_VECTORS
 
 
 def make_grid(
@@ -33,7 +35,7 @@ def make_grid(
 
     Args:
         options: of methods, by name; each is given to the methods that have it.
-        **arguments: further ones of `Cell`: fit, model, n_folds, ...
+        **arguments: further ones of `Cell`: fit, model, n_folds, ...; of vectors, model is one of `VECTOR_MODELS`.
 
     Raises:
         ValueError: an option that none of the methods has.
@@ -46,10 +48,11 @@ def make_grid(
     }
     if unknown := set(options) - {f.name for kind in kinds.values() for f in fields(kind)}:
         raise ValueError(f"{', '.join(methods)}: none has the option {', '.join(sorted(unknown))}")
+    floors = OF_VECTORS if arguments.get("model") in VECTOR_MODELS else OF_IMAGES
     cells = [
         Cell(method, held_out, fold, seed, options=of_method.get(method), **arguments)
         for held_out, fold in product(held_outs, folds)
-        for method, seed in [*((floor, 0) for floor in FLOORS), *product(methods, seeds)]
+        for method, seed in [*((floor, 0) for floor in floors), *product(methods, seeds)]
     ]
     return list({cell.name: cell for cell in cells}.values())
 
@@ -89,7 +92,8 @@ def run_grid(
     else:
         from joblib import Parallel, delayed
 
-        for size, zoom in {(cell.fit.image_size, cell.fit.zoom) for cell in cells}:  # built once, before anybody asks
+        of_pixels = {(cell.fit.image_size, cell.fit.zoom) for cell in cells if not is_of_vectors(ds)}
+        for size, zoom in of_pixels:  # built once, before anybody asks
             ViewCache(ds, size)
             PixelCache(ds, cache_height(size, zoom))
         Parallel(n_jobs=workers)(delayed(_work)(k, *arguments) for k in range(workers))

@@ -1,5 +1,7 @@
 """Runs one cell: trains, predicts, explains by a signature, and records (see `records` for what)."""
 
+import hashlib
+import json
 import platform
 import shutil
 import subprocess
@@ -26,10 +28,12 @@ from magnification_invariant.data.splits import (
     domain_name,
     leave_one_domain_out,
 )
+from magnification_invariant.data.vectors import VectorCache, is_of_vectors
 from magnification_invariant.data.views import CROP_PCT, DRAWS, cache_height, field_mpp, random_view, view_mpp
 from magnification_invariant.engine import Diverged, TrainRows, fit, normalisation, predict
 from magnification_invariant.files import locked, read_json, remove_unfinished, write_json
 from magnification_invariant.lomo.cell import Cell, is_finished
+from magnification_invariant.lomo.embedded import check_cell
 from magnification_invariant.model_folder import find_start, load_start, source_name, write_model_folder
 from magnification_invariant.records import (
     KEYS,
@@ -44,7 +48,7 @@ from magnification_invariant.records import (
 from magnification_invariant.signatures import SignatureProjector, SparseSignature, refit_stability, weights_digest
 from magnification_invariant.signatures.sparse_signature import NothingToSelect
 from magnification_invariant.tasks import Task, get_task
-from magnification_invariant.tasks.floors import FLOORS
+from magnification_invariant.tasks.floors import FLOORS, Labelled
 
 _NAMED_AFTER = {"magerm_resnet18": "erm", "magdg_resnet18": "dann", "maggan_resnet18": "gan"}
 
@@ -55,14 +59,15 @@ class _Job:
 
     Attributes:
         columns: of the whole table, by name, in the protocol view.
-        base_range: least and largest um/px at which a training image fills the input; None where one is unknown.
+        base_range: least and largest um/px at which a training image fills the input; None where one is unknown, and
+            of vectors.
     """
 
     cell: Cell
     ds: Any
     run: Run
     split: Split
-    views: ViewCache
+    views: ViewCache | VectorCache
     columns: dict[str, np.ndarray]
     base_range: tuple[float, float] | None
     accelerator: Any
@@ -78,8 +83,22 @@ class _Job:
         zoom = self.cell.fit.zoom
         return self.base_range and [self.base_range[0] * CROP_PCT / zoom, self.base_range[1] * zoom]
 
+    @property
+    def image_size(self) -> int | None:
+        """Side of the network's square input in pixels; None of vectors."""
+        return None if isinstance(self.views, VectorCache) else self.cell.fit.image_size
+
     def rows(self, part: str) -> np.ndarray:
         return getattr(self.split, part)
+
+    def labelled(self, part: str) -> Labelled:
+        rows = self.rows(part)
+        return Labelled(rows, self.columns["label"][rows], metrics.patient_weights(self.columns["patient"][rows]))
+
+    def training_cache(self) -> PixelCache | VectorCache:
+        if isinstance(self.views, VectorCache):
+            return self.views
+        return PixelCache(self.ds, cache_height(self.cell.fit.image_size, self.cell.fit.zoom))
 
     def keys(self, part: str) -> dict[str, np.ndarray]:
         return {name: self.columns[name][self.rows(part)] for name in KEYS}
@@ -172,13 +191,16 @@ def _split(cell: Cell, ds) -> Split:
 
 
 def _job(cell: Cell, ds, run: Run, split: Split, accelerator) -> _Job:
+    columns = {name: np.asarray(ds[name][:]) for name in ("filename", "patient", "slide", "label")}
+    columns["domain"] = np.asarray(ds[domain_column(ds)][:])
+    columns["rescaled"] = np.asarray(ds["rescaled"][:] if "rescaled" in ds.column_names else np.zeros(len(ds)), bool)
+    if is_of_vectors(ds):
+        check_cell(cell)
+        return _Job(cell, ds, run, split, VectorCache(ds), columns, None, accelerator)
     size = cell.fit.image_size
     with accelerator.main_process_first() if accelerator else nullcontext():
         views = ViewCache(ds, size)
-    columns = {name: np.asarray(ds[name]) for name in ("filename", "patient", "slide", "label")}
-    columns["domain"] = np.asarray(ds[domain_column(ds)])
     columns |= {"mpp": views.mpp, "filled": views.filled, "tiles": np.diff(views.starts)}
-    columns["rescaled"] = np.asarray(ds["rescaled"] if "rescaled" in ds.column_names else np.zeros(len(ds)), bool)
     unknown = np.isnan(views.mpp)
     if cell.fit.zoom > 1 and cell.method not in FLOORS and unknown.any():
         raise ValueError(
@@ -197,10 +219,9 @@ def _job(cell: Cell, ds, run: Run, split: Split, accelerator) -> _Job:
 
 
 def _run_floor(job: _Job, config: dict) -> None:
-    run, train, label = job.run, job.split.train, job.columns["label"]
+    run = job.run
     run.write_config(config)
-    weight = metrics.patient_weights(job.columns["patient"][train])
-    predictor = FLOORS[job.cell.method](job.views, train, label[train], weight)
+    predictor = FLOORS[job.cell.method](job.views, job.labelled("train"), job.labelled("val"))
     tables = []
     for part in job.parts:
         log_odds = predictor(job.rows(part))
@@ -218,7 +239,7 @@ def _run_network(job: _Job, config: dict, half: bool) -> None:
         run.write_config(config | {"start": start})
     rows = TrainRows(train, job.columns["label"][train], domain, job.columns["patient"][train])
     with job.accelerator.main_process_first():
-        cache = PixelCache(job.ds, cache_height(cell.fit.image_size, cell.fit.zoom))
+        cache = job.training_cache()
     prepared = _prepare(job, task, rows, cache, domains)
     prepare_seconds = time.perf_counter() - started
 
@@ -255,12 +276,15 @@ def _run_network(job: _Job, config: dict, half: bool) -> None:
 
 
 def _predicted(job: _Job, model, part: str, embedding: str | None = None) -> tuple[np.ndarray, np.ndarray | None]:
-    return predict(model, job.views.views, job.rows(part), embedding=embedding, accelerator=job.accelerator)
+    batch = {} if job.image_size else {"batch_size": 1024}  # a vector is a small tile
+    return predict(model, job.views.views, job.rows(part), embedding=embedding, accelerator=job.accelerator, **batch)
 
 
 def _normalised(job: _Job, model, logits: np.ndarray | None) -> tuple[pa.Table | None, str | None]:
     """Predictions of the unseen domain in the normalised view, or why there are none. `logits` are the protocol's."""
     rows, views, size = job.split.test, job.views, job.cell.fit.image_size
+    if isinstance(views, VectorCache):
+        return None, "embeddings were made in one view"
     if not len(rows) or job.base_range is None:
         return None, "nothing is held out" if not len(rows) else "the scale of some training images is not known"
     native = views.native_mpp[rows]
@@ -310,7 +334,7 @@ def _write_epoch(folder: Path, epoch: int, log: dict) -> None:
     write_json(folder / f"{epoch:04d}.json", {"epoch": epoch, **reproducible})
 
 
-def _prepare(job: _Job, task: Task, rows: TrainRows, cache: PixelCache, domains: np.ndarray) -> dict:
+def _prepare(job: _Job, task: Task, rows: TrainRows, cache: PixelCache | VectorCache, domains: np.ndarray) -> dict:
     """Train what the task needs before itself, leave its pictures in the folder, return its records."""
     cell, run, accelerator, config = job.cell, job.run, job.accelerator, job.cell.fit
 
@@ -344,9 +368,12 @@ def _create_task(job: _Job, num_domains: int) -> tuple[Task, dict]:
     cell, ds, split = job.cell, job.ds, job.split
     method = get_task(cell.method)
     torch.manual_seed(cell.seed)
+    size = {"image_size": job.image_size} if job.image_size else {"width": job.views.vectors.shape[1]}
     classes = ds.features["label"].num_classes
-    size = cell.fit.image_size
-    model = method.create_model(cell.architecture, num_classes=classes, num_domains=num_domains, image_size=size)
+    model = method.create_model(cell.architecture, num_classes=classes, num_domains=num_domains, **size)
+    if isinstance(job.views, VectorCache):
+        train = job.labelled("train")
+        model.standardise(job.views.vectors[train.rows].cpu().numpy(), train.weight)
     source = find_start(cell.architecture, cell.init)
     start = load_start(model, source) if source else {"source": None}
     if source:
@@ -377,7 +404,25 @@ def _rescaled(job: _Job) -> dict[str, int]:
     return {part: int(job.columns["rescaled"][job.rows(part)].sum()) for part in ("train", *PARTS)}
 
 
+_LAST_SIGNATURE: dict[str, tuple] = {}  # methods and seeds that share a representation, as of vectors, share it
+
+
 def _signature(embeddings: dict, split: Split, columns: dict) -> tuple[SparseSignature | None, dict]:
+    """`_new_signature`, or the last one again where it is of the same embeddings and rows."""
+    digest = hashlib.sha256()
+    for part, vectors in embeddings.items():
+        rows = getattr(split, part)
+        for column in (vectors, rows, columns["label"][rows]):
+            digest.update(np.ascontiguousarray(column))
+        digest.update(json.dumps([columns[name][rows].tolist() for name in ("patient", "domain")]).encode())
+    if (key := digest.hexdigest()) not in _LAST_SIGNATURE:
+        made = _new_signature(embeddings, split, columns)
+        _LAST_SIGNATURE.clear()
+        _LAST_SIGNATURE[key] = made
+    return _LAST_SIGNATURE[key]
+
+
+def _new_signature(embeddings: dict, split: Split, columns: dict) -> tuple[SparseSignature | None, dict]:
     """The signature of the training embeddings, how well it does itself, and how far refits of it agree.
 
     The refits leave out one training domain each, or, of a single one, halves of the patients, on the one backbone:
@@ -437,7 +482,7 @@ def _write_model(job: _Job, model, results: dict, signature: SparseSignature | N
         model,
         name=name,
         label_names=labels,
-        image_size=cell.fit.image_size,
+        image_size=job.image_size,
         normalisation=(mean, std),
         about=about,
     )

@@ -40,7 +40,8 @@ def add_domain_head(model: nn.Module, num_domains: int) -> nn.Module:
         The model.
 
     Raises:
-        ValueError: If there are fewer than two domains, or the model has no pooled features (`linear_classifier`).
+        ValueError: If there are fewer than two domains, or the model has no pooled features (`linear_classifier`), or
+            nothing that is trained before them.
 
     Source: Ganin et al., "Domain-Adversarial Training of Neural Networks", JMLR 17 (2016).
     """
@@ -49,7 +50,13 @@ def add_domain_head(model: nn.Module, num_domains: int) -> nn.Module:
             f"A domain head needs at least two training domains to tell apart, not {num_domains}: with fewer, train by "
             "supervision alone (the method erm)"
         )
-    width = linear_classifier(model).in_features
+    classifier = linear_classifier(model)
+    if len(list(model.parameters())) == len(list(classifier.parameters())):
+        raise ValueError(
+            f"nothing of this {type(model).__name__} lies before its classifier, so a reversed gradient would change "
+            "nothing: take a model with a hidden layer, or train by supervision alone (the method erm)"
+        )
+    width = classifier.in_features
     # The seed is drawn inside the fork: deterministic, another one for every model, and the draw is undone with the
     # rest. On the CPU, so that the weights are the same on every device.
     with torch.random.fork_rng(devices=[]):

@@ -23,7 +23,7 @@ from magnification_invariant.lomo.run import run_cell
 from magnification_invariant.model_folder import read_model_config
 from magnification_invariant.records import NORMALISED, PARTS, Run
 from magnification_invariant.report.table import markdown, summarise
-from magnification_invariant.tasks.floors import FLOORS
+from magnification_invariant.tasks.floors import OF_IMAGES
 
 FIT = FitConfig(epochs=2, image_size=32, batch_size=8)
 SHARED = {"n_folds": 4, "model": "test_magdg_resnet"}
@@ -197,7 +197,7 @@ def test_several_settings_live_in_one_folder_and_one_table(ds, finished):
 
 def test_grid_skips_what_is_finished_and_goes_on_after_a_failure(ds, tmp_path, monkeypatch):
     cells = make_grid(["erm", "dann"], [40, 200], [0], [0], fit=ERM.fit, **SHARED)
-    assert [cell.method for cell in cells] == [*FLOORS, "erm", "dann"] * 2
+    assert [cell.method for cell in cells] == [*OF_IMAGES, "erm", "dann"] * 2
     ran, real = [], run_module.fit
 
     def fit(task, *args, **kwargs):
@@ -216,7 +216,7 @@ def test_grid_skips_what_is_finished_and_goes_on_after_a_failure(ds, tmp_path, m
     assert len(folders) == 8 and sum("skipped" in line for line in said) == 7
 
     rows = summarise(folders)
-    titles = (*FLOORS, *(name + more for name in ("erm", "dann") for more in ("", ", scale-normalised")))
+    titles = (*OF_IMAGES, *(name + more for name in ("erm", "dann") for more in ("", ", scale-normalised")))
     assert {(row["method"], row["held_out"]) for row in rows} == {(m, h) for m in titles for h in (40, 200)}
     text = markdown(rows)
     assert text.count("constant") == 4 and "AUC" in text and "Nogueira" in text

@@ -1,0 +1,83 @@
+"""Classifiers of vectors, such as the embeddings of a foundation model: timm models whose input is (b, width)."""
+
+import numpy as np
+import torch
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from magnification_invariant.models.domain_head import match_domain_head
+
+VECTOR_MODELS = ("mag_hidden", "mag_linear")
+"""Their names; the first is the default."""
+
+
+class VectorClassifier(nn.Module):
+    """A backbone that only standardises, with one hidden layer or none, and a linear classifier.
+
+    What methods ask of a timm classifier is there, so that each runs on vectors as it does on images. Without a hidden
+    layer the pooled features are the standardised vectors themselves: no gradient of an adversary changes them.
+
+    Args:
+        num_classes: Class logits.
+        width: Of the vectors.
+        hidden: Units of the hidden layer, ReLU; 0 is none.
+        in_chans: Not read; timm's builder hands it over.
+    """
+
+    global_pool = "avg"  # there is nothing to pool: what the features are, pooled
+
+    def __init__(self, num_classes: int = 2, width: int = 1024, hidden: int = 0, in_chans: int = 3):
+        super().__init__()
+        self.num_classes, self.num_features = num_classes, hidden or width
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("std", torch.ones(width))
+        self.hidden = nn.Sequential(nn.Linear(width, hidden), nn.ReLU()) if hidden else nn.Identity()
+        self.head = nn.Linear(self.num_features, num_classes)
+        self.register_load_state_dict_pre_hook(match_domain_head)  # weights that hold a domain head load too
+
+    @torch.no_grad()
+    def standardise(self, vectors: np.ndarray, weight: np.ndarray) -> None:
+        """Take mean and standard deviation from training vectors (n, width), weighted by (n,); dead ones stay as is."""
+        vectors, weight = np.asarray(vectors, np.float64), weight / weight.sum()
+        mean = weight @ vectors
+        std = np.sqrt(weight @ (vectors - mean) ** 2)
+        std[std <= 1e-6 * np.abs(vectors).max(0)] = 1.0
+        self.mean.copy_(torch.from_numpy(mean))
+        self.std.copy_(torch.from_numpy(std))
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.hidden((x - self.mean) / self.std)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Class logits (b, classes) of vectors (b, width)."""
+        return self.forward_head(self.forward_features(x))
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        name: {"num_classes": 2, "classifier": "head", "first_conv": None, "mean": (), "std": ()}
+        for name in VECTOR_MODELS
+    }
+)
+
+
+@register_model
+def mag_linear(pretrained: bool = False, **kwargs) -> VectorClassifier:
+    """Logistic regression on standardised vectors; `width` is theirs."""
+    return build_model_with_cfg(VectorClassifier, "mag_linear", pretrained, **kwargs)
+
+
+@register_model
+def mag_hidden(pretrained: bool = False, **kwargs) -> VectorClassifier:
+    """One hidden layer of 128 units on standardised vectors; `width` is theirs."""
+    return build_model_with_cfg(VectorClassifier, "mag_hidden", pretrained, **{"hidden": 128} | kwargs)
