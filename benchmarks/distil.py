@@ -203,7 +203,7 @@ def main() -> None:
         folder = out / f"start_{start}"
         if (folder / "model.safetensors").exists():
             continue
-        student.load_state_dict(torch.load(common))
+        student.load_state_dict(torch.load(common, weights_only=True))
         print(folder.name, flush=True)
         chosen = np.isin(patient[sets[2]["row"]], dealt[start])
         rehearsed = [rows[::8] for rows in everything]
