@@ -18,7 +18,7 @@ from magnification_invariant.predict.search import SignatureIndex, similar_cases
 from magnification_invariant.records import POSITIVE
 from magnification_invariant.virtual_slides import render_field, virtual_field, virtual_patient
 
-DEFAULT_MODEL = PACKAGED / "magdg_resnet18.virtual"
+DEFAULT_MODEL = min(PACKAGED.glob("[!.]*"))
 MOST_PIXELS = 25_000_000
 LAUNCH = {"max_file_size": "200mb", "footer_links": []}
 

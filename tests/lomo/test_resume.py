@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -22,6 +23,7 @@ FIT = FitConfig(epochs=6, image_size=32, batch_size=8)
 SHARED = {"n_folds": 4, "model": "test_magdg_resnet"}
 CELL = Cell("dann", 200, fit=FIT, **SHARED)
 FLOOR = ("predictions.parquet", "results.json")
+KILLS = 6
 RECORDS = (*FLOOR, "embeddings.parquet", "embeddings.safetensors", "metrics.jsonl", "model/model.safetensors")
 
 
@@ -125,6 +127,34 @@ def test_workers_leave_the_records_of_a_serial_run(breakhis_tree, tmp_path):
         for name in RECORDS if "constant" not in a.name else FLOOR:
             one, two = (a / name).read_bytes(), (b / name).read_bytes()
             assert one == two, (a.name, name, set(one.splitlines()) ^ set(two.splitlines()))
+
+
+def work_on_grid(tree, folder):
+    run_grid(cells(), load_breakhis(tree), folder, workers=2, say=lambda line: None)
+
+
+@pytest.mark.slow
+def test_a_grid_of_two_workers_killed_at_random_moments(breakhis_tree, tmp_path):
+    """Its parent alone is killed, in cells and between them; what the workers leave goes on, bit for bit."""
+    serial = run_grid(cells(), load_breakhis(breakhis_tree), tmp_path / "serial", say=lambda line: None)
+    context, rng, killed = multiprocessing.get_context("fork"), random.Random(1), tmp_path / "killed"
+    started = time.perf_counter()
+    work_on_grid(breakhis_tree, tmp_path / "warm")
+    takes, kills = time.perf_counter() - started, 0
+    while kills < KILLS or not all(Run(killed / folder.name).is_finished for folder in serial):
+        process = context.Process(target=work_on_grid, args=(breakhis_tree, killed))
+        process.start()
+        process.join(timeout=rng.uniform(0.3, 1) * takes if kills < KILLS else 300)
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            kills += 1
+        elif kills < KILLS:  # it was done: once more from the start
+            shutil.rmtree(killed / rng.choice(serial).name)
+    for folder in serial:
+        for name in RECORDS if "constant" not in folder.name else FLOOR:
+            assert (folder / name).read_bytes() == (killed / folder.name / name).read_bytes(), (folder.name, name)
+    assert not list(killed.rglob("*.tmp"))
 
 
 @pytest.mark.slow
