@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
+from typing import NamedTuple
 
 import numpy as np
 
@@ -88,9 +89,11 @@ def verify(ds, *, pixels: bool = True) -> Verification:
     resized = sum(not np.isclose(row["mpp"], MPP.get(row["magnification"], np.nan)) for row in rows)
     if resized:
         notes.append(f"{resized:,} images are not of the original pixel size: resized or cropped.")
-    groups = _equal_pixels(ds) if pixels else []
+    groups = []
     if pixels:
-        notes += _file_states(ds, rows)
+        stored = _files(ds)
+        groups = _equal_pixels(stored)
+        notes += _file_states(rows, stored)
         notes += _about_duplicates([[rows[i] for i in group] for group in groups])
     (images, folders, patients), (all_images, all_folders, all_patients) = _counts(rows), _counts(published.values())
     return Verification(
@@ -135,23 +138,40 @@ def folder_state(key: tuple[str, str, int], stored: dict[str, tuple[str, int]]) 
     return "damaged" if abs(sum(n for _, n in stored.values()) / size - 1) < 0.01 else "re-encoded"
 
 
-def _file_states(ds, rows: list[dict]) -> list[str]:
-    """What `folder_state` says of all slide folders that are there, in lines: which are not the authors' files."""
+class _File(NamedTuple):
+    """One image's file: sha256 and number of its bytes, and a digest of its pixels."""
+
+    sha256: str
+    size: int
+    pixels: bytes
+
+
+def _files(ds) -> list[_File]:
     images = EncodedImages(ds)
 
-    def digest(i: int) -> tuple[str, int]:
+    def look(i: int) -> _File:
         path, content = images[i]
-        content = Path(path).read_bytes() if content is None else content
-        return hashlib.sha256(content).hexdigest(), len(content)
+        try:
+            content = Path(path).read_bytes() if content is None else content
+            with open_image((path, content)) as image:
+                rgb = to_rgb(image)
+        except Exception as error:
+            raise ValueError(f"cannot decode the image {name_of((path, content))}: {error}") from error
+        pixels = hashlib.blake2b(rgb.tobytes(), digest_size=16, key=repr(rgb.size).encode()).digest()
+        return _File(hashlib.sha256(content).hexdigest(), len(content), pixels)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        stored = list(pool.map(digest, range(len(images))))
+        return list(pool.map(look, range(len(images))))
+
+
+def _file_states(rows: list[dict], stored: list[_File]) -> list[str]:
+    """What `folder_state` says of all slide folders that are there, in lines: which are not the authors' files."""
     code = {subtype: letters for letters, subtype in SUBTYPES.items()}
     folders = defaultdict(dict)
     for row, file in zip(rows, stored, strict=True):
         key = row["slide"], code.get(row["subtype"]), row["magnification"]
         if key in digests():
-            folders[key][row["filename"]] = file
+            folders[key][row["filename"]] = file.sha256, file.size
     states = defaultdict(list)
     for key, files in folders.items():
         slide, subtype, magnification = key
@@ -164,23 +184,11 @@ def _file_states(ds, rows: list[dict]) -> list[str]:
     return lines
 
 
-def _equal_pixels(ds) -> list[list[int]]:
+def _equal_pixels(stored: list[_File]) -> list[list[int]]:
     """Rows with equal pixels, a group each."""
-    images = EncodedImages(ds)
-
-    def digest(i: int) -> bytes:
-        encoded = images[i]
-        try:
-            with open_image(encoded) as image:
-                rgb = to_rgb(image)
-                return hashlib.blake2b(rgb.tobytes(), digest_size=16, key=repr(rgb.size).encode()).digest()
-        except Exception as error:
-            raise ValueError(f"cannot decode the image {name_of(encoded)}: {error}") from error
-
     rows = defaultdict(list)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for i, key in enumerate(pool.map(digest, range(len(images)))):
-            rows[key].append(i)
+    for i, file in enumerate(stored):
+        rows[file.pixels].append(i)
     return [group for group in rows.values() if len(group) > 1]
 
 

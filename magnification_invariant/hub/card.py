@@ -9,6 +9,7 @@ from magnification_invariant.model_folder import read_model_config
 from magnification_invariant.records import NORMALISED, OUT_OF_FOLD
 from magnification_invariant.report import pictures
 from magnification_invariant.report.contents import NAMES
+from magnification_invariant.report.page import number
 from magnification_invariant.tasks import TASKS
 
 COMPARED = NAMES  # what has intervals in the records
@@ -57,7 +58,7 @@ def render_card(folder: Path, repo: str) -> str:
     parts = _part_names(results["parts"], held_out)
     method = record["cell"]["method"]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"f": _number, "interval": _interval, "unit": lambda m: f"{m:.3g}", "domain": domain_name}
+    environment.filters |= {"f": number, "interval": _interval, "unit": lambda m: f"{m:.3g}", "domain": domain_name}
     template = environment.from_string(files(__package__).joinpath("card.md.jinja").read_text(encoding="utf-8"))
     return template.render(
         metadata=Markup(_metadata(config, results, data, parts)),
@@ -122,10 +123,6 @@ def _metadata(config: dict, results: dict, data: str, parts: dict[str, str]) -> 
         model_name=config["name"],
         eval_results=evaluated,
     ).to_yaml()
-
-
-def _number(value: float | None, digits: int = 3) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _interval(ends: list[float] | None) -> str:

@@ -34,8 +34,8 @@ def chance_jaccard(size_a: int, size_b: int, n_dimensions: int) -> float:
     return overlap / (size_a + size_b - overlap) if size_a + size_b else float("nan")
 
 
-def nogueira(selected: ArrayLike, level: float = 0.95) -> Stability:
-    """Stability of feature selection, corrected for chance, with an asymptotic interval.
+def nogueira(selected: ArrayLike) -> Stability:
+    """Stability of feature selection, corrected for chance, with an asymptotic 95 % interval.
 
     `Phi = 1 - [mean_f M/(M-1) p_f (1 - p_f)] / [(k/d) (1 - k/d)]`, p_f how often dimension f was chosen and k the mean
     size. 1 is the same set each time, 0 is chance; their rule of thumb: below 0.4 poor, above 0.75 excellent. The
@@ -47,7 +47,6 @@ def nogueira(selected: ArrayLike, level: float = 0.95) -> Stability:
 
     Args:
         selected: (M, d) booleans, M >= 2.
-        level: Level of the interval.
 
     Returns:
         Value and bounds; NaN where every dimension or none was always chosen, since any other set was impossible.
@@ -68,5 +67,5 @@ def nogueira(selected: ArrayLike, level: float = 0.95) -> Stability:
     influence = (
         selected @ frequency / d - size / d * share + value / 2 * (2 * share * size / d - size / d - share + 1)
     ) / random
-    half = norm.ppf((1 + level) / 2) * 2 / n_sets * np.sqrt(np.sum((influence - influence.mean()) ** 2))
+    half = norm.ppf(0.975) * 2 / n_sets * np.sqrt(np.sum((influence - influence.mean()) ** 2))
     return Stability(float(value), float(value - half), float(value + half))

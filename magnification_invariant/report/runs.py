@@ -180,8 +180,8 @@ def _comparable(x: Run, y: Run) -> bool:
     return x.key[:2] == y.key[:2] and (x.key[2] == y.key[2] or not (x.is_network and y.is_network))
 
 
-def spread(runs: list[Run], metric: str = PRIMARY, part: str = "test") -> dict[str, float]:
-    """Standard deviation of the figure between seeds (of one fold) and between folds (of one seed), averaged.
+def spread(runs: list[Run], part: str = "test") -> dict[str, float]:
+    """Standard deviation of the `PRIMARY` metric between seeds (of one fold) and between folds (of one seed), averaged.
 
     Returns:
         ``seed`` and ``fold``; NaN where there is but one.
@@ -189,7 +189,7 @@ def spread(runs: list[Run], metric: str = PRIMARY, part: str = "test") -> dict[s
     figure = {}
     for run in runs:
         p = run.part(part)
-        figure[run.key] = metrics.METRICS[metric](p["label"], p["probability"], metrics.patient_weights(p["patient"]))
+        figure[run.key] = metrics.METRICS[PRIMARY](p["label"], p["probability"], metrics.patient_weights(p["patient"]))
     deviations = {}
     for name, position in (("fold", 1), ("seed", 2)):
         groups = defaultdict(list)

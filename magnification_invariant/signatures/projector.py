@@ -26,17 +26,10 @@ _WAY_ON = "fetch both files of the signature again (in a git clone: `git lfs pul
 
 
 def probabilities(scores: np.ndarray) -> np.ndarray:
-    """Turns decision scores (n, K) into class probabilities (n, classes).
+    """Turns log-odds of the second class (n, 1) into class probabilities (n, 2)."""
+    from scipy.special import expit
 
-    One column is the log-odds of the second of two classes; several are one-vs-rest scores, whose probabilities are
-    scaled to sum to 1.
-    """
-    from scipy.special import expit, log_expit, logsumexp
-
-    if scores.shape[1] == 1:
-        return np.hstack([expit(-scores), expit(scores)])
-    log = log_expit(scores)
-    return np.exp(log - logsumexp(log, axis=1, keepdims=True))
+    return np.hstack([expit(-scores), expit(scores)])
 
 
 def weights_digest(model: "torch.nn.Module") -> str:
@@ -56,10 +49,10 @@ class SignatureProjector:
         indices: (k,) dimensions of the embedding that make the signature, rising; k may be 0.
         mean: (k,) what is subtracted from them.
         scale: (k,) what they are divided by then.
-        weight: (K, k) coefficients on the signature; K = 1 for two classes, else one row a class (one-vs-rest).
-        bias: (K,) intercepts.
+        weight: (1, k) coefficients on the signature, of the log-odds of the second class.
+        bias: (1,) intercept.
         width: Dimensions of the whole embedding.
-        class_names: Names of the classes; the second is the positive one of two.
+        class_names: Names of the two classes; the second is the positive one.
         embedding: Kind of embedding, "penultimate" or "pyramid".
         source: Id of the model whose embeddings these are; indices mean nothing in another model's.
         revision: Revision of that model, if it is on the Hub.
@@ -83,11 +76,13 @@ class SignatureProjector:
     stability: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        k, heads = len(self.indices), 1 if len(self.class_names) == 2 else len(self.class_names)
-        shapes = {"indices": (k,), "mean": (k,), "scale": (k,), "weight": (heads, k), "bias": (heads,)}
+        k = len(self.indices)
+        if len(self.class_names) != 2:
+            raise ValueError(f"a signature tells two classes apart, not {len(self.class_names)} classes")
+        shapes = {"indices": (k,), "mean": (k,), "scale": (k,), "weight": (1, k), "bias": (1,)}
         wrong = {name: getattr(self, name).shape for name in shapes if getattr(self, name).shape != shapes[name]}
         if wrong:
-            raise ValueError(f"a signature of {k} dimensions and {len(self.class_names)} classes cannot have {wrong}")
+            raise ValueError(f"a signature of {k} dimensions cannot have {wrong}")
         if not all(np.isfinite(getattr(self, name)).all() for name in _ARRAYS) or (self.scale <= 0).any():
             raise ValueError("means, weights and biases of a signature must be finite and its scales positive")
         if self.indices.dtype.kind not in "iu":
@@ -103,9 +98,7 @@ class SignatureProjector:
 
         `class_names` are in the order of its `classes_`, their default.
         """
-        names = [str(c) for c in signature.classes_] if class_names is None else list(class_names)
-        if len(names) != len(signature.classes_):
-            raise ValueError(f"{len(names)} class names for {len(signature.classes_)} classes: {names}")
+        names = map(str, signature.classes_) if class_names is None else class_names
         chosen = signature.signature_
         if attributes.get("mpp_range") is not None:
             attributes["mpp_range"] = tuple(map(float, attributes["mpp_range"]))
@@ -144,7 +137,7 @@ class SignatureProjector:
         return (chosen - self.mean) / self.scale
 
     def predict_proba(self, embeddings: ArrayLike, **checked: str) -> np.ndarray:
-        """Class probabilities (n, classes), in the order of `class_names`; arguments as in `transform`."""
+        """Class probabilities (n, 2), in the order of `class_names`; arguments as in `transform`."""
         return probabilities(self.transform(embeddings, **checked) @ self.weight.T + self.bias)
 
     def as_module(self, model: "torch.nn.Module") -> "torch.nn.Module":

@@ -2,9 +2,9 @@
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import log_expit, logsumexp
+from scipy.special import log_expit
 from sklearn.base import BaseEstimator, ClassifierMixin, OneToOneFeatureMixin, TransformerMixin
-from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.multiclass import type_of_target
 from sklearn.utils.validation import check_is_fitted, validate_data
 from threadpoolctl import threadpool_limits
 
@@ -26,8 +26,7 @@ class SparseSignature(ClassifierMixin, OneToOneFeatureMixin, TransformerMixin, B
 
     The penalty is the largest whose log-loss lies within one standard error of the smallest (Breiman et al. 1984). The
     loss is that of patients that the coefficients have not seen, every patient weighing the same: the validation part
-    handed to `fit`, or patient-grouped cross-validation with the scaling refitted in every fold. Several classes are
-    fitted one against the rest, on one grid; the signature is the union of their supports.
+    handed to `fit`, or patient-grouped cross-validation with the scaling refitted in every fold.
 
     Args:
         n_lambdas: Penalties on the path.
@@ -38,17 +37,17 @@ class SparseSignature(ClassifierMixin, OneToOneFeatureMixin, TransformerMixin, B
         random_state: Seed of the deal of patients into folds.
 
     Attributes:
-        classes_: (C,) labels.
+        classes_: (2,) labels; the second is the positive one.
         mean_, scale_: (d,) standardisation; dead dimensions have scale 1.
         live_: (d,) which dimensions vary at all. Dead ones never enter the signature.
         n_live_: Number of live dimensions.
         lambdas_: (L,) penalties, falling.
-        path_coef_, path_intercept_: (L, K, d) and (L, K), K = 1 for two classes and C for more.
+        path_coef_, path_intercept_: (L, d) and (L,).
         path_size_: (L,) size of the signature at each penalty.
         validation_loss_, validation_se_: (L,) patient-balanced log-loss in nats and its standard error over patients;
             None under `lambda_fraction`.
         lambda_, lambda_fraction_: The chosen penalty, and as a fraction of the first.
-        coef_, intercept_: (K, d) and (K,), acting on standardised embeddings.
+        coef_, intercept_: (1, d) and (1,), acting on standardised embeddings.
         signature_: (k,) indices of the chosen dimensions, rising. It can be empty, where nothing beats the base rate.
     """
 
@@ -93,7 +92,8 @@ class SparseSignature(ClassifierMixin, OneToOneFeatureMixin, TransformerMixin, B
                 other lengths.
         """
         X, y = validate_data(self, X, y, dtype=np.float64)
-        check_classification_targets(y)
+        if (kind := type_of_target(y, input_name="y", raise_unknown=True)) != "binary":
+            raise ValueError(f"Only binary classification is supported. The type of the target is {kind}.")
         self._check_parameters()
         self.classes_, codes = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
@@ -106,8 +106,7 @@ class SparseSignature(ClassifierMixin, OneToOneFeatureMixin, TransformerMixin, B
             if not self.n_live_:
                 raise NothingToSelect(f"all {X.shape[1]} dimensions are constant over the {len(X)} rows")
             scaled = self._scale(X)
-            share = np.eye(len(self.classes_))[codes] - np.bincount(codes) / len(codes)
-            largest = float(np.abs(scaled.T @ share).max()) / len(codes)
+            largest = float(np.abs(scaled.T @ (codes - codes.mean())).max()) / len(codes)
             if not largest > 1e-12:
                 raise NothingToSelect("no dimension differs between the classes, so there is no path of penalties")
             end, length = self.ratio, self.n_lambdas
@@ -116,14 +115,19 @@ class SparseSignature(ClassifierMixin, OneToOneFeatureMixin, TransformerMixin, B
                 length = max(2, round(self.n_lambdas * np.log(end) / np.log(self.ratio)))
             self.lambdas_ = largest * np.geomspace(1, end, length) if end < 1 else np.array([largest])
             self.path_coef_, self.path_intercept_ = self._paths(scaled, codes)
-            self.path_size_ = (self.path_coef_ != 0).any(axis=1).sum(axis=1)
+            self.path_size_ = (self.path_coef_ != 0).sum(axis=1)
             self._choose(X, codes, patients, X_val, y_val, groups_val)
 
         self.lambda_ = float(self.lambdas_[self._chosen])
         self.lambda_fraction_ = self.lambda_ / largest
-        self.coef_, self.intercept_ = self.path_coef_[self._chosen], self.path_intercept_[self._chosen]
-        self.signature_ = np.flatnonzero((self.coef_ != 0).any(axis=0))
+        self.coef_, self.intercept_ = self.path_coef_[[self._chosen]], self.path_intercept_[[self._chosen]]
+        self.signature_ = np.flatnonzero(self.coef_[0])
         return self
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.multi_class = False
+        return tags
 
     def _check_parameters(self) -> None:
         if not (self.n_lambdas >= 2 and 0 < self.ratio < 1 and self.cv >= 2 and self.tol > 0):
@@ -135,13 +139,8 @@ class SparseSignature(ClassifierMixin, OneToOneFeatureMixin, TransformerMixin, B
         return (X - self.mean_) / self.scale_ * self.live_
 
     def _paths(self, scaled: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Solves the path of each class on standardised rows; dead columns are 0 and stay out by themselves."""
-        positives = [1] if len(self.classes_) == 2 else range(len(self.classes_))
-        scaled = np.asfortranarray(scaled)
-        _, coef, intercept = zip(
-            *(l1_logistic_path(scaled, codes == c, self.lambdas_, tol=self.tol) for c in positives), strict=True
-        )
-        return np.stack(coef, axis=1), np.stack(intercept, axis=1)
+        """Solves the path on standardised rows; dead columns are 0 and stay out by themselves."""
+        return l1_logistic_path(np.asfortranarray(scaled), codes == 1, self.lambdas_, tol=self.tol)[1:]
 
     def _choose(self, X, codes, patients, X_val, y_val, groups_val) -> None:
         """Sets the place on the path from the losses of patients that were held out."""
@@ -200,12 +199,11 @@ class SparseSignature(ClassifierMixin, OneToOneFeatureMixin, TransformerMixin, B
         return self._scale(X) @ self.coef_.T + self.intercept_
 
     def decision_function(self, X: ArrayLike) -> np.ndarray:
-        """Log-odds of the second class, (n,), or one-vs-rest scores (n, C)."""
-        scores = self._scores(X)
-        return scores[:, 0] if len(self.classes_) == 2 else scores
+        """Log-odds of the second class, (n,)."""
+        return self._scores(X)[:, 0]
 
     def predict_proba(self, X: ArrayLike) -> np.ndarray:
-        """Class probabilities (n, C), in the order of `classes_`."""
+        """Class probabilities (n, 2), in the order of `classes_`."""
         return probabilities(self._scores(X))
 
     def predict(self, X: ArrayLike) -> np.ndarray:
@@ -271,15 +269,7 @@ def _deal(codes: np.ndarray, patients: np.ndarray, n_folds: int, classes: np.nda
 def _patient_losses(scaled, codes, patients, coef, intercept) -> np.ndarray:
     """Mean log-loss in nats of each patient's rows at each point of a path: (patients, L).
 
-    Of standardised rows (m, d), class and patient indices (m,), coefficients (L, K, d) and intercepts (L, K).
+    Of standardised rows (m, d), class and patient indices (m,), coefficients (L, d) and intercepts (L,).
     """
-    losses = np.empty((patients.max() + 1, len(coef)))
-    for step, (w, b) in enumerate(zip(coef, intercept, strict=True)):
-        scores = scaled @ w.T + b
-        if w.shape[0] == 1:
-            log_prob = log_expit(np.where(codes == 1, 1, -1) * scores[:, 0])
-        else:
-            log = log_expit(scores)
-            log_prob = log[np.arange(len(codes)), codes] - logsumexp(log, axis=1)
-        losses[:, step] = np.bincount(patients, -log_prob) / np.bincount(patients)
-    return losses
+    losses = -log_expit(np.where(codes == 1, 1, -1)[:, None] * (scaled @ coef.T + intercept))
+    return np.stack([np.bincount(patients, loss) for loss in losses.T], axis=1) / np.bincount(patients)[:, None]

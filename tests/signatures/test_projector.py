@@ -16,24 +16,21 @@ from magnification_invariant.models import embed
 from magnification_invariant.signatures import SignatureProjector, SparseSignature, weights_digest
 
 
-def fitted(classes: int = 2):
+def fitted():
     rng = np.random.default_rng(0)
-    y = np.arange(120) % classes
+    y = np.arange(120) % 2
     x = rng.standard_normal((120, 20)) + 2 * np.eye(20)[y]
     return SparseSignature(lambda_fraction=0.2).fit(x, y), x
 
 
-def projector(classes: int = 2, **about):
-    signature, x = fitted(classes)
+def projector(**about):
+    signature, x = fitted()
     about = {"embedding": "penultimate", "source": "user/model", "mpp_range": (0.2, 1.5), **about}
     return SignatureProjector.from_signature(signature, **about), signature, x
 
 
-@pytest.mark.parametrize("classes", [2, 3])
-def test_the_round_trip_is_bit_equal_to_the_estimator(classes, tmp_path):
-    made, signature, x = projector(
-        classes, revision="abc", stability={"nogueira": 0.7, "interval": [0.6, float("nan")]}
-    )
+def test_the_round_trip_is_bit_equal_to_the_estimator(tmp_path):
+    made, signature, x = projector(revision="abc", stability={"nogueira": 0.7, "interval": [0.6, float("nan")]})
     made.save_pretrained(tmp_path / "deep" / "model")
     read = SignatureProjector.from_pretrained(tmp_path / "deep" / "model")
     assert sorted(p.name for p in (tmp_path / "deep" / "model").iterdir()) == [
@@ -44,7 +41,7 @@ def test_the_round_trip_is_bit_equal_to_the_estimator(classes, tmp_path):
     assert (read.predict_proba(x) == made.predict_proba(x)).all()
     assert read.predict_proba(x) == pytest.approx(signature.predict_proba(x), abs=1e-12)
     assert read.predict_proba(x.astype(np.float32)) == pytest.approx(read.predict_proba(x), abs=1e-5)
-    assert read.class_names == tuple(map(str, range(classes))) and read.mpp_range == (0.2, 1.5)
+    assert read.class_names == ("0", "1") and read.mpp_range == (0.2, 1.5)
     assert (read.width, read.embedding, read.source, read.revision) == (20, "penultimate", "user/model", "abc")
     assert read.stability == {"nogueira": 0.7, "interval": [0.6, None]}
     json.loads((tmp_path / "deep" / "model" / "signature.json").read_text(), parse_constant=pytest.fail)
@@ -120,7 +117,7 @@ def test_files_that_do_not_fit_together_are_refused(tmp_path):
         (tmp_path / "signature.json").write_text(json.dumps(content))
         with pytest.raises(ValueError, match=message):
             SignatureProjector.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="3 class names for 2 classes"):
+    with pytest.raises(ValueError, match="two classes apart, not 3"):
         SignatureProjector.from_signature(signature, class_names=list("abc"), embedding="pyramid", source="x")
 
 
