@@ -1,12 +1,12 @@
 """Frozen networks on real tissue by the whole protocol: the 100X images of BreaKHis, at scales made by digital zoom.
 
-Every image is shown at three scales (`data.scale.digital_zoom`: constant pixels, a shrinking field, so that the um/px at
-the network's input differ), each scale is held out in turn, and the table of `magdg lomo --embeddings` is made on the
+Every image is shown at three scales (`data.scale.digital_zoom`: constant pixels, a shrinking field, so that the um/px
+at the network's input differ), each scale is held out in turn, and the table of `magdg lomo --embeddings` is made on the
 embeddings of each network. Real evidence at other magnifications it is not: these images are rescaled. The settings of
 all methods are the defaults, fixed beforehand: with so few patients nothing is chosen.
 
     python benchmarks/tissue_embeddings.py --data path/to/BreaKHis_v1 --weights densenet121_folder lite0_folder
-    python benchmarks/tissue_embeddings.py --data virtual:n_patients=12 --weights test_magdg_resnet --folds 0   # the same path
+    python benchmarks/tissue_embeddings.py --data virtual:n_patients=12 --weights test_magdg_resnet   # the same path
 
 A run that was cut goes on where it stopped. No pixel and no embedding is written into the results.
 """
@@ -53,12 +53,11 @@ def zoomed_images(data: str, images: int):
     for i, (patient, magnification) in enumerate(zip(ds["patient"], ds["magnification"], strict=True)):
         if magnification == TAKEN_AT:
             rows.setdefault(patient, []).append(i)
-    spread = [
-        each[i * len(each) // images] if len(each) > images else each[i]
-        for each in rows.values()
-        for i in range(min(images, len(each)))
-    ]
-    return digital_zoom(ds.select(spread), ZOOMED)
+    chosen = []
+    for each in rows.values():
+        n = min(images, len(each))
+        chosen += [each[i * len(each) // n] for i in range(n)]
+    return digital_zoom(ds.select(chosen), ZOOMED)
 
 
 def embedded(images, weights: str, size: int | None, folder: Path):
@@ -119,12 +118,14 @@ def main() -> None:
             blocks.append(f"## {name} ({ds.features['embedding'].length} numbers)\n\n{table(finished)}")
     patients = len(set(images["patient"]))
     malignant = len({p for p, y in zip(images["patient"], images["label"], strict=True) if y})
+    taken = len(images) // len(ZOOMED)
+    size = f" Inputs are of {args.image_size} pixels." if args.image_size else ""
     about = (
-        f"{len(images):,} images ({len(images) // len(ZOOMED):,} photographs at {TAKEN_AT}X, at most {args.images} of a patient, each shown as at "
-        f"{', '.join(f'{m}X' for m in ZOOMED)} by digital zoom: they are *rescaled*) of {patients} patients, {malignant} of them "
-        f"malignant. {args.n_folds} groups of patients, seeds {', '.join(map(str, args.seeds))}; patients weigh the "
-        "same; probabilities are temperature-scaled; intervals are 95 % over patients, given the trained models. "
-        "Settings are the defaults of `magdg lomo --embeddings`, fixed beforehand."
+        f"{len(images):,} images: {taken:,} photographs at {TAKEN_AT}X, at most {args.images} of a patient, each shown "
+        f"as at {', '.join(f'{m}X' for m in ZOOMED)} by digital zoom (they are *rescaled*). {patients} patients, "
+        f"{malignant} of them malignant, in {args.n_folds} groups; seeds {', '.join(map(str, args.seeds))}. Patients "
+        "weigh the same; probabilities are temperature-scaled; intervals are 95 % over patients, given the trained "
+        f"models. Settings are the defaults of `magdg lomo --embeddings`, fixed beforehand.{size}"
     )
     command = shlex.join(["python", "benchmarks/tissue_embeddings.py", *shown(sys.argv[1:])])
     machine = f"{os.cpu_count()} CPU cores, one thread a cell."

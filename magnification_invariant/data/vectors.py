@@ -238,7 +238,8 @@ def _check_domains(domains: list, label: list[int], ids: list[str], classes: lis
         rows = [i for i, each in enumerate(domains) if each == domain]
         if len(there := {label[i] for i in rows}) < 2:
             raise ValueError(
-                f"domain {domain_name(domain)!r} has one class only: its {len(rows):,} rows are {classes[there.pop()]!r} "
+                f"domain {domain_name(domain)!r} has one class only: its {len(rows):,} rows are "
+                f"{classes[there.pop()]!r} "
                 f"({_some(f'{ids[i]!r} (row {i})' for i in rows)}); drop them, or join it with another domain."
             )
 
