@@ -1,9 +1,9 @@
 """Frozen networks on real tissue by the whole protocol: the 100X images of BreaKHis, at scales made by digital zoom.
 
 Every image is shown at three scales (`data.scale.digital_zoom`: constant pixels, a shrinking field, so that the um/px
-at the network's input differ), each scale is held out in turn, and the table of `magdg lomo --embeddings` is made on the
-embeddings of each network. Real evidence at other magnifications it is not: these images are rescaled. The settings of
-all methods are the defaults, fixed beforehand: with so few patients nothing is chosen.
+at the network's input differ), each scale is held out in turn, and the table of `magdg lomo --embeddings` is made on
+the embeddings of each network. Real evidence at other magnifications it is not: these images are rescaled. The settings
+of all methods are the defaults, fixed beforehand: with so few patients nothing is chosen.
 
     python benchmarks/tissue_embeddings.py --data path/to/BreaKHis_v1 --weights densenet121_folder lite0_folder
     python benchmarks/tissue_embeddings.py --data virtual:n_patients=12 --weights test_magdg_resnet   # the same path

@@ -25,6 +25,7 @@ import sys
 import textwrap
 import time
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -246,25 +247,35 @@ def parse_args() -> argparse.Namespace:
     add("--data-sets", type=int, default=12, help="that are reported on; default: %(default)s")
     add("--development", type=int, default=3, help="data sets that settings are chosen on; default: %(default)s")
     add("--trials", type=int, default=3, help="settings of a method, trial 0 is the defaults; default: %(default)s")
+    add("--workers", type=int, default=1, help="processes of one thread each; default: %(default)s")
     add("--results", type=Path, default=Path(__file__).parent / "results", help="default: %(default)s")
     return parser.parse_args()
 
 
-def main() -> None:
-    args = parse_args()
+def measured(effect: str, strength: float, args: argparse.Namespace) -> tuple[dict, dict, float]:
+    """`choose`, `report_on` and the seconds of CPU time that they took."""
     import torch
 
     torch.set_num_threads(1)
     started = time.process_time()
-    figures, choices = {}, {}
-    for effect in EFFECTS:
-        for strength in STRENGTHS:
-            chosen = choices[effect, strength] = choose(effect, strength, args)
-            figures[effect, strength] = report_on(effect, strength, chosen, args)
-            print(effect, strength, f"{time.process_time() - started:.0f} s", flush=True)
+    chosen = choose(effect, strength, args)
+    figures = report_on(effect, strength, chosen, args)
+    seconds = time.process_time() - started
+    print(effect, strength, f"{seconds:.0f} s", flush=True)
+    return chosen, figures, seconds
+
+
+def main() -> None:
+    args = parse_args()
+    from joblib import Parallel, delayed
+
+    cases = list(product(EFFECTS, STRENGTHS))
+    done = Parallel(n_jobs=args.workers)(delayed(measured)(*case, args) for case in cases)
+    chosen, scores, seconds = zip(*done, strict=True)
+    choices, figures = dict(zip(cases, chosen, strict=True)), dict(zip(cases, scores, strict=True))
     args.results.mkdir(parents=True, exist_ok=True)
     draw(figures, args.results / "vectors.png")
-    minutes = (time.process_time() - started) / 60
+    minutes = sum(seconds) / 60
     about = (
         f"{PATIENTS} patients, {IMAGES} vectors of {WIDTH} numbers each at every one of 4 domains, of which one is "
         "held out: a third of the patients trains, a third validates, a third is tested. One hidden layer of "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -75,7 +76,9 @@ def load_embeddings(source, manifest=None) -> datasets.Dataset:
 def _read(source: Path) -> dict[str, Any]:
     """Columns as they are written, `filename` and `embedding` (an array, or a list of arrays) among them."""
     if source.is_dir():
-        files = sorted(path for path in source.iterdir() if path.suffix.lower() in _SUFFIXES and path.name[0] != ".")
+        hidden = re.compile(r"\.|.*\.position")  # the latter tiatoolbox writes beside the features
+        files = [path for path in sorted(source.iterdir()) if path.suffix.lower() in _SUFFIXES]
+        files = [path for path in files if not hidden.match(path.name)]
         if not files:
             raise ValueError(f"{source} holds no {', '.join(_SUFFIXES)} file.")
         parts = [_read(path) for path in files]

@@ -88,6 +88,7 @@ def test_files_of_the_field(tmp_path):
     (tmp_path / "tiatoolbox").mkdir()
     for name in IDS:
         np.save(tmp_path / "tiatoolbox" / f"{name}.features.0.npy", tiles[name])
+        np.save(tmp_path / "tiatoolbox" / f"{name}.position.npy", np.zeros((4, 4)))
     assert np.array_equal(vectors_of(load_embeddings(tmp_path / "tiatoolbox", csv)), wanted)
 
     h5py = pytest.importorskip("h5py")
@@ -101,6 +102,11 @@ def test_files_of_the_field(tmp_path):
         file["feats"], file["ids"] = wanted[::-1], np.array(IDS[::-1], "S")
     ds = load_embeddings(tmp_path / "one.h5", csv)
     assert ds["filename"][:] == IDS[::-1] and np.array_equal(vectors_of(ds), wanted[::-1])
+    with h5py.File(tmp_path / "lazyslide.h5ad", "w") as file:
+        file["X"], file["obs/names"] = wanted, IDS
+        file["obs"].attrs["_index"] = "names"
+    ds = load_embeddings(tmp_path / "lazyslide.h5ad", csv)
+    assert ds["filename"][:] == IDS and np.array_equal(vectors_of(ds), wanted)
 
 
 def test_hdf5_without_h5py_is_one_sentence(tmp_path, monkeypatch, capsys):
