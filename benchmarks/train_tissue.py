@@ -6,9 +6,10 @@
 A ResNet-18 that was distilled (see distil.py) is trained on BreaKHis' 100X images at the three scales of
 real_tissue.py, nothing held out. Three recipes, written here before any was run: a linear head on the frozen features,
 fine-tuning by ERM, and by DANN, both with continuous zoom. Each is estimated out of fold: distillation, training and
-temperature see the fold's training and validation patients only. Beside them, by the same script: the teacher and
-a random ResNet-18, frozen. `--release RECIPE` trains the released model, on all groups of patients but the last, which
-gives the temperature; the out-of-fold records go into its folder and card. A run that was cut goes on.
+temperature see the fold's training and validation patients only. Beside them, by the same folds: logistic regression
+on frozen features of the teacher and of a random ResNet-18. `--release RECIPE` trains the released model, on all groups
+of patients but the last, which gives the temperature; the out-of-fold records go into its folder and card. A run that
+was cut goes on.
 """
 
 import argparse
@@ -28,28 +29,23 @@ IMAGES = 6
 NAME = "breakhis_mini"
 FIT = {**SETTINGS, "epochs": 4, "learning_rate": 3e-4}
 HEAD = {**SETTINGS, "epochs": 4, "learning_rate": 1e-2, "weight_decay": 0.0}
-# Row: method, start ("distilled", "imagenet" or "none"), architecture, fit, zoom.
+# Row: method, architecture (None: the method's own), fit, zoom.
 RECIPES = {
-    "distilled, linear head": ("frozen", "distilled", "magerm_resnet18", HEAD, False),
-    "distilled, ERM + zoom": ("erm", "distilled", None, FIT, True),
-    "distilled, DANN + zoom": ("dann", "distilled", None, FIT, True),
+    "distilled, linear head": ("frozen", "magerm_resnet18", HEAD, False),
+    "distilled, ERM + zoom": ("erm", None, FIT, True),
+    "distilled, DANN + zoom": ("dann", None, FIT, True),
 }
-BESIDE = {
-    "frozen DenseNet-121, the teacher": ("frozen", "imagenet", "teacher", HEAD, False),
-    "frozen ResNet-18, random weights": ("frozen", "none", "magerm_resnet18", HEAD, False),
-}
+# Logistic regression on frozen features, by the same folds: of the teacher, and of random weights.
+BESIDE = {"frozen DenseNet-121, the teacher": "teacher", "frozen ResNet-18, random weights": "resnet18"}
 
 
-def cell_of(row: str, fold: int, start: Path, teacher: str, threads: int):
+def cell_of(row: str, fold: int, start: Path, threads: int):
     from magnification_invariant.engine import FitConfig
     from magnification_invariant.lomo.cell import ZOOM, Cell
 
-    method, init, arch, settings, zoom = (RECIPES | BESIDE)[row]
+    method, arch, settings, zoom = RECIPES[row]
     fit = FitConfig(**settings, zoom=ZOOM if zoom else 1.0)
-    model = teacher if arch == "teacher" else arch
-    return Cell(
-        method, 0, fold, model=model, init=str(start) if init == "distilled" else init, fit=fit, threads=threads
-    )
+    return Cell(method, 0, fold, model=arch, init=str(start), fit=fit, threads=threads)
 
 
 def split_of(ds, start: str):
@@ -70,12 +66,34 @@ def run(row: str, start: str, ds, args):
     from magnification_invariant.records import Run
 
     folder = args.output_dir / row.replace(" ", "_").replace(",", "") / start
-    cell = cell_of(
-        row, 0 if start == "all" else int(start), args.output_dir / f"start_{start}", args.teacher, args.threads
-    )
+    cell = cell_of(row, 0 if start == "all" else int(start), args.output_dir / f"start_{start}", args.threads)
     if not is_finished(folder, cell, ds):
         run_cell(cell, ds, folder, split=split_of(ds, start), data_source="breakhis", half=start == "all")
     return Run(folder)
+
+
+def beside(row: str, ds, args) -> list:
+    """Runs of logistic regression on frozen features, a fold each."""
+    import timm
+    import torch
+
+    from magnification_invariant import load_embeddings
+    from magnification_invariant.lomo.cell import Cell
+    from magnification_invariant.lomo.embedded import embed_images
+    from magnification_invariant.lomo.run import run_cell
+    from magnification_invariant.records import Run
+
+    folder = args.output_dir / row.replace(" ", "_").replace(",", "")
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(0)
+    teacher = BESIDE[row] == "teacher"
+    model = timm.create_model(args.teacher if teacher else BESIDE[row], pretrained=teacher).eval()
+    embed_images(ds, model, SETTINGS["image_size"], folder / "embeddings.parquet")
+    table, runs = load_embeddings(folder / "embeddings.parquet"), []
+    for fold in range(N_FOLDS):
+        run_cell(Cell("l2", 0, fold), table, folder / str(fold), split=split_of(ds, str(fold)))
+        runs.append(Run(folder / str(fold)))
+    return runs
 
 
 def pooled(runs) -> dict[str, np.ndarray]:
@@ -151,7 +169,10 @@ def main() -> None:
     warnings.filterwarnings("ignore", "no interval")
     ds = tissue(args.data, IMAGES)
     print(f"{len(ds)} images of {len(set(ds['patient']))} patients", flush=True)
-    rows = {row: [run(row, str(fold), ds, args) for fold in range(N_FOLDS)] for row in args.rows}
+    rows = {
+        row: beside(row, ds, args) if row in BESIDE else [run(row, str(fold), ds, args) for fold in range(N_FOLDS)]
+        for row in args.rows
+    }
     text = estimates(rows)
     print(text)
     if args.out:

@@ -12,6 +12,7 @@ _PUBLIC = {
     "load_breakhis": "data",
     "load_table": "data",
     "load_virtual_slides": "data",
+    "load_embeddings": "data",
     "leave_one_magnification_out": "data",
     "leave_one_domain_out": "data",
     "assert_disjoint": "data",

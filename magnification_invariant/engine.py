@@ -13,6 +13,7 @@ from timm.utils import ModelEmaV3
 from tqdm import tqdm
 
 from magnification_invariant.data.pixels import PixelCache
+from magnification_invariant.data.vectors import VectorCache
 from magnification_invariant.data.views import DRAWS, mean_over_tiles
 from magnification_invariant.files import whole
 from magnification_invariant.models import embed
@@ -162,7 +163,7 @@ def _optimizer(player, config: FitConfig) -> torch.optim.Optimizer:
 
 def fit(
     task: Task,
-    cache: PixelCache,
+    cache: PixelCache | VectorCache,
     rows: TrainRows,
     config: FitConfig,
     *,

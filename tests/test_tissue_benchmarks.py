@@ -69,7 +69,7 @@ def test_a_release_carries_the_out_of_fold_records_of_its_recipe(breakhis_tree, 
     folder = tmp_path / "weights" / "magerm_resnet18.breakhis_mini"
     results, records = read_json(folder / "results.json"), Run(folder).part("out_of_fold")
     assert results["parts"]["out_of_fold"]["patients"] == 8 == len(set(records["patient"]))
-    args = argparse.Namespace(output_dir=tmp_path, teacher="none", threads=1)
+    args = argparse.Namespace(output_dir=tmp_path, threads=1)
     ds = real_tissue.tissue(str(breakhis_tree), train_tissue.IMAGES)
     folds = [train_tissue.run(row, str(fold), ds, args) for fold in range(4)]
     seen = [set(dealt[str(fold)]) for fold in range(4)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -75,7 +76,9 @@ def load_embeddings(source, manifest=None) -> datasets.Dataset:
 def _read(source: Path) -> dict[str, Any]:
     """Columns as they are written, `filename` and `embedding` (an array, or a list of arrays) among them."""
     if source.is_dir():
-        files = sorted(path for path in source.iterdir() if path.suffix.lower() in _SUFFIXES and path.name[0] != ".")
+        hidden = re.compile(r"\.|.*\.position")  # the latter tiatoolbox writes beside the features
+        files = [path for path in sorted(source.iterdir()) if path.suffix.lower() in _SUFFIXES]
+        files = [path for path in files if not hidden.match(path.name)]
         if not files:
             raise ValueError(f"{source} holds no {', '.join(_SUFFIXES)} file.")
         parts = [_read(path) for path in files]
@@ -238,7 +241,8 @@ def _check_domains(domains: list, label: list[int], ids: list[str], classes: lis
         rows = [i for i, each in enumerate(domains) if each == domain]
         if len(there := {label[i] for i in rows}) < 2:
             raise ValueError(
-                f"domain {domain_name(domain)!r} has one class only: its {len(rows):,} rows are {classes[there.pop()]!r} "
+                f"domain {domain_name(domain)!r} has one class only: its {len(rows):,} rows are "
+                f"{classes[there.pop()]!r} "
                 f"({_some(f'{ids[i]!r} (row {i})' for i in rows)}); drop them, or join it with another domain."
             )
 

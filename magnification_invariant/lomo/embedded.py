@@ -28,7 +28,11 @@ from magnification_invariant.tasks.frozen import Frozen
 from magnification_invariant.tasks.gan import DegradedERM
 from magnification_invariant.tasks.mixstyle import MixStyle
 
-VECTOR_FIT = {"epochs": 10, "batch_size": 256}  # of `FitConfig`, defaults where the input are vectors
+VECTOR_FIT = {
+    "epochs": 10,
+    "batch_size": 256,
+    "learning_rate": 3e-3,
+}  # of `FitConfig`, defaults where the input are vectors
 _ROWS = 256  # images a part that is kept when the making is cut
 _OF_PIXELS = (DegradedERM, MixStyle, Frozen)
 
@@ -57,7 +61,7 @@ def load_network(name: str, size: int | None = None) -> tuple[torch.nn.Module, i
     """A timm network with its weights, in eval mode, and the side of its square input in pixels.
 
     Args:
-        name: A timm name, ``hf-hub:...`` or ``local-dir:...``; one for which timm has no weights gives a random network.
+        name: A timm name, ``hf-hub:...`` or ``local-dir:...``; without weights in timm it is random.
         size: Of the input; by default the network's own.
     """
     torch.manual_seed(0)

@@ -248,7 +248,7 @@ def _by_held_out(rows: dict[str, Row]) -> list:
     return [
         "Patient-balanced, at the fitted temperature, with 95 % intervals over patients. Seen - unseen is the "
         "magnification gap: the same test patients at the magnifications of training, minus them at the unseen one. "
-        "constant and colour are floors: a constant, and logistic regression on colour statistics.",
+        "constant, colour and l2 are floors: a constant, and logistic regression on colour or on embeddings.",
         Table(head, cells),
         *([f"* {'; '.join(marks)}"] if marks else []),
         *([f"Some runs are not shown scale-normalised: {'; '.join(missing)}."] if missing else []),
