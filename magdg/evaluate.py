@@ -37,7 +37,10 @@ def predict(args) -> tuple[dict, float]:
     """Columns of predictions, and the model's temperature.
 
     Where images are in the model's records, only they are predicted, as the parts of the records: of the others, many
-    were trained on.
+    were trained on. Where none is, images of patients that the model has seen are left out.
+
+    Raises:
+        ValueError: The model has seen all patients, or an image cannot be predicted.
     """
     import numpy as np
 
@@ -56,8 +59,17 @@ def predict(args) -> tuple[dict, float]:
         print(f"{sum(parts != '')} of {len(ds)} images are in the model's records: only these are evaluated")
         ds, parts = ds.select(np.flatnonzero(parts)), parts[parts != ""]
     else:
-        parts[:] = "test"
-    args.part = args.part or ("test" if "test" in parts else "test_source")  # where nothing was held out
+        seen = np.isin(ds["patient"][:], classifier.config.get("seen", {}).get("patients") or [])
+        if seen.all():
+            raise ValueError(
+                f"{args.source} was trained on all {len(set(ds['patient']))} patients of {args.data}: what it says of "
+                "them is no evaluation. Its card has what models of its recipe said of patients they had not seen"
+            )
+        if seen.any():
+            print(f"{seen.sum()} of {len(ds)} images are of patients that the model was trained on: they are left out")
+        ds = ds.select(np.flatnonzero(~seen))
+        parts = np.full(len(ds), "test", object)
+    args.part = args.part or next(part for part in ("test", "test_source", "val") if part in parts)
     rows = list(classifier.iterate(items_of(ds), view=args.view))
     if failed := [row for row in rows if row["error"]]:
         raise ValueError(f"{len(failed)} images cannot be predicted; {failed[0]['filename']}: {failed[0]['error']}")

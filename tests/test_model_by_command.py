@@ -1,5 +1,7 @@
 """Every command with every form of a model: the packaged one, a run's folder, and the model folder inside it."""
 
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +9,8 @@ import pytest
 from PIL import Image
 
 from magdg import main
+from magnification_invariant import load_breakhis
+from magnification_invariant.files import read_json, write_json
 from magnification_invariant.models.magdg import PACKAGED
 from magnification_invariant.virtual_slides import render_field, virtual_field
 
@@ -94,3 +98,17 @@ def test_the_page_answers_with_every_model(model, image):
     shown, note, *figures, similar = predict.fn(image, "0.5", None)
     assert 0 <= shown["malignant"] <= 1 and np.isclose(sum(shown.values()), 1)
     assert "um/px" in note and "images of" in note and len(figures) == 2 and similar == []
+
+
+def test_patients_that_a_model_has_seen_are_no_evaluation(run, slides, tmp_path, capsys):
+    """Under other file names than the records': the patients say it."""
+    folder = shutil.copytree(run / "model", tmp_path / "model")
+    (folder / "predictions.parquet").unlink()
+    command = ["evaluate", str(folder), "--data", str(slides), "--output-dir", str(tmp_path / "evaluation")]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"\d+ of \d+ images are of patients that the model was trained on: they are left out", out)
+    config = read_json(folder / "config.json")
+    config["seen"]["patients"] = load_breakhis(slides)["patient"][:]
+    write_json(folder / "config.json", config)
+    assert main(command) == 2 and "was trained on all 12 patients" in capsys.readouterr().err
