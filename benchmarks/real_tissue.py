@@ -220,24 +220,12 @@ def contrasts(rows: list[str]):
 
 
 def picture(table, path: Path) -> None:
-    """AUC of every row where it saw the scale, where it did not, and there scale-normalised."""
-    from matplotlib.figure import Figure
+    from magnification_invariant.report.pictures import cost
 
-    rows = [row for row in (*FLOORS, *ROWS) if (table["row"] == row).any()][::-1]
-    figure = Figure(figsize=(8, 0.55 * len(rows) + 1.2), layout="constrained")
-    axis = figure.subplots()
-    styles = {"test_source": ("C7", "o"), "test": ("C3", "s"), "test_normalised": ("C0", "D")}
-    for offset, (part, (colour, marker)) in zip((0.2, 0, -0.2), styles.items(), strict=True):
-        values = [(i, v) for i, row in enumerate(rows) if (v := interval(table, row, part, "auc"))]
-        at, middle = [i + offset for i, _ in values], np.array([v[0] for _, v in values])
-        ends = np.array([[v[0] - v[1], v[2] - v[0]] for _, v in values]).T
-        axis.errorbar(middle, at, xerr=ends, fmt=marker, color=colour, label=PARTS[part], capsize=2, markersize=5)
-    axis.axvline(0.5, color="0.6", linewidth=0.8)
-    axis.set_yticks(range(len(rows)), rows)
-    axis.set_xlabel("patient-balanced AUC, 95 % interval over patients")
-    axis.set_title("Real tissue, rescaled: a scale that was never seen")
-    axis.legend(loc="lower right")
-    figure.savefig(path, dpi=120)
+    rows = {}
+    for row in (row for row in (*FLOORS, *ROWS) if (table["row"] == row).any()):
+        rows[row] = {part: value for part in PARTS if (value := interval(table, row, part, "auc"))}
+    cost(rows, "Real tissue, rescaled: a scale that was never seen", path)
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ def execute(args) -> int:
     from magdg import lomo
     from magdg.sources import load_data
     from magnification_invariant.records import Run
-    from magnification_invariant.report.pictures import curves, embedding_map, montage, reliability
+    from magnification_invariant.report.pictures import cost, curves, embedding_map, montage, reliability
 
     print(
         "These are VIRTUAL slides: procedural drawings of H&E, not patients. They show what an unseen magnification\n"
@@ -36,8 +36,10 @@ def execute(args) -> int:
     if len(finished) < len(cells):
         return 1
     runs = [run for run in map(Run, finished) if run.is_network]
-    print(conclusion(runs))
+    text, rows = conclusion(runs)
+    print(text)
 
+    cost(rows, f"Virtual slides: what {HELD_OUT}X costs that never saw it", args.output_dir / "cost.png")
     montage(load_data(training), args.output_dir / "slides.png")
     reliability(runs, args.output_dir / "reliability.png")
     curves(runs, args.output_dir / "curves.png")
@@ -50,20 +52,28 @@ def execute(args) -> int:
     return 0
 
 
-def conclusion(runs: list) -> str:
-    """What the unseen magnification costs each network, and what undoing its scale gives back: AUC with intervals."""
+def conclusion(runs: list) -> tuple[str, dict]:
+    """What the unseen magnification costs each network, and what undoing its scale gives back: AUC with intervals.
+
+    Returns:
+        A table as Markdown, and its intervals for `report.pictures.cost`.
+    """
     from magnification_invariant.records import NORMALISED
     from magnification_invariant.report.page import markdown_table
     from magnification_invariant.report.runs import difference, estimate
 
     head = ["AUC", f"{HELD_OUT}X, never seen", "the same, shown at a scale that was", "gain, paired by patient", "seen"]
-    rows = []
+    rows = {
+        run.method: {part: estimate([run], "auc", part) for part in ("test", NORMALISED, "test_source")} for run in runs
+    }
+    lines = []
     for run in runs:
-        values = [estimate([run], "auc", part) for part in ("test", NORMALISED)]
-        values += [difference([run], [run], "auc", NORMALISED, "test"), estimate([run], "auc", "test_source")]
-        rows.append([run.method, *("{:.3f} [{:.3f}, {:.3f}]".format(*value) for value in values)])
+        unseen, normalised, seen = rows[run.method].values()
+        gain = difference([run], [run], "auc", NORMALISED, "test")
+        shown = ("{:.3f} [{:.3f}, {:.3f}]".format(*value) for value in (unseen, normalised, gain, seen))
+        lines.append([run.method, *shown])
     title = f"What {HELD_OUT}X costs, and what undoing its scale gives back (95 % intervals over patients):"
-    return f"\n{title}\n\n{markdown_table(head, rows)}"
+    return f"\n{title}\n\n{markdown_table(head, lines)}", rows
 
 
 def packaged_model(picture: Path) -> str:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from magnification_invariant import metrics
 from magnification_invariant.data.splits import domain_name
-from magnification_invariant.records import Run
+from magnification_invariant.records import NORMALISED, Run
 from magnification_invariant.report.runs import by_title, held_outs, joined
 
 CLASS_COLOURS = ("#2c7fb8", "#d95f0e")  # benign, malignant
@@ -120,6 +120,33 @@ def forest(lines: list[tuple[str, float, float, float]], xlabel: str, path) -> N
     axis.plot(value, y, "s", color="#2c7fb8", ms=5)
     axis.set(xlabel=xlabel, ylim=(-0.7, len(lines) - 0.3))
     axis.set_yticks(y, [line[0] for line in lines])
+    _save(figure, path)
+
+
+def cost(rows: dict[str, dict[str, tuple[float, float, float]]], title: str, path) -> None:
+    """AUC of every row where it saw the scale, where it never did, and there scale-normalised.
+
+    Args:
+        rows: By title, and there by part of the records ("test", "test_normalised", "test_source"), a value and the
+            ends of its interval; a part may be absent, and ends may be NaN.
+    """
+    from matplotlib.figure import Figure
+
+    styles = {"test_source": ("seen", "0.45", "o"), "test": ("never seen", "C3", "s")}
+    styles[NORMALISED] = ("never seen, shown at a scale that was", "C0", "D")
+    figure = Figure(figsize=(8, 0.5 * len(rows) + 1.6), layout="constrained")
+    axis = figure.subplots()
+    for offset, (part, (name, colour, marker)) in zip((-0.22, 0, 0.22), styles.items(), strict=True):
+        there = [(i + offset, row[part]) for i, row in enumerate(rows.values()) if part in row]
+        at, values = [i for i, _ in there], np.array([value for _, value in there]).reshape(-1, 3)
+        error = np.abs(values[:, 1:] - values[:, :1]).T
+        axis.errorbar(values[:, 0], at, xerr=error, fmt=marker, color=colour, label=name, capsize=2, markersize=5)
+    axis.axvline(0.5, color="0.7", linewidth=0.8)
+    axis.set_yticks(range(len(rows)), rows)
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.set_xlabel("patient-balanced AUC, 95 % interval over patients")
+    axis.set_title(title)
+    figure.legend(loc="outside lower center", ncols=3)
     _save(figure, path)
 
 
