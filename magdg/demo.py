@@ -39,7 +39,7 @@ def execute(args) -> int:
     text, rows = conclusion(runs)
     print(text)
 
-    cost(rows, f"Virtual slides: what {HELD_OUT}X costs that never saw it", args.output_dir / "cost.png")
+    cost(rows, f"Virtual slides: networks that never saw {HELD_OUT}X", args.output_dir / "cost.png")
     montage(load_data(training), args.output_dir / "slides.png")
     reliability(runs, args.output_dir / "reliability.png")
     curves(runs, args.output_dir / "curves.png")
