@@ -125,7 +125,8 @@ def main() -> None:
         f"as at {', '.join(f'{m}X' for m in ZOOMED)} by digital zoom (they are *rescaled*). {patients} patients, "
         f"{malignant} of them malignant, in {args.n_folds} groups; seeds {', '.join(map(str, args.seeds))}. Patients "
         "weigh the same; probabilities are temperature-scaled; intervals are 95 % over patients, given the trained "
-        f"models. Settings are the defaults of `magdg lomo --embeddings`, fixed beforehand.{size}"
+        f"models. Settings are the defaults of `magdg lomo --embeddings`, fixed beforehand.{size} "
+        "Differences are not adjusted for their number."
     )
     command = shlex.join(["python", "benchmarks/tissue_embeddings.py", *shown(sys.argv[1:])])
     machine = f"{os.cpu_count()} CPU cores, one thread a cell."

@@ -70,7 +70,7 @@ def data_set(effect: str, strength: float, seed: int) -> dict:
     else:
         vectors += (strength if effect == "additive" else 1.0) * SIGNAL * (place @ plane)[domain]
     if effect == "prevalence":
-        share = np.clip(1 / (1 + np.exp(-strength * place[:, 0])), 0.1, 0.9)[domain]
+        share = np.clip(1 / (1 + np.exp(-strength * place[:, 0])), 0.25, 0.75)[domain]
         comes = rng.random((PATIENTS, 4))[patient, domain]  # a patient to a domain, with all images
         kept = comes < np.where(label == 1, share, 1 - share)
     columns = {"embedding": vectors.astype(np.float32), "label": label, "patient": patient.astype(str)}
