@@ -136,13 +136,18 @@ def _cfg(**kwargs) -> dict:
 
 
 def _packaged_cfgs() -> dict:
-    """Of each packaged model, with the input that its own config states."""
+    """Of each packaged model, with the input that its own config states.
+
+    `magdg_resnet18` has them all, also those that another method trained: the warning says which.
+    """
     cfgs = {}
     for file in sorted(PACKAGED.glob("[!.]*/config.json")):
         stated = read_json(file)["pretrained_cfg"]
         stated = {k: tuple(v) if isinstance(v, list) else v for k, v in stated.items() if k != "tag"}
         stated["pool_size"] = tuple(-(-side // 32) for side in stated["input_size"][1:])
-        cfgs[file.parent.name] = _cfg(**stated, file=str(file.with_name("model.safetensors")))
+        arch, _, tag = file.parent.name.partition(".")
+        for name in {arch, "magdg_resnet18"} if arch in _RESNET18S else {arch}:
+            cfgs[f"{name}.{tag}"] = _cfg(**stated, file=str(file.with_name("model.safetensors")))
     return cfgs
 
 
@@ -175,7 +180,9 @@ def _create(
         cfg = dataclasses.replace(cfg, file=str(file))
     if pretrained and cfg.file and PACKAGED in Path(cfg.file).parents and not cfg.state_dict:
         seen = _SEEN[read_json(Path(cfg.file).with_name("config.json"))["trained_on"]]
-        _logger.warning("%s.%s was trained on %s", variant, cfg.tag, seen)
+        name = Path(cfg.file).parent.name
+        own = "" if name == f"{variant}.{cfg.tag}" else f"{variant}.{cfg.tag} are the weights of {name}: "
+        _logger.warning("%s%s was trained on %s", own, name, seen)
     model = build_model_with_cfg(
         ResNet, variant, pretrained, pretrained_cfg=cfg, pretrained_filter_fn=checkpoint_filter_fn, **kwargs
     )
