@@ -5,9 +5,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from magnification_invariant.files import read_json
+from magnification_invariant.metrics import cluster_interval
 from magnification_invariant.records import Run
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -32,6 +34,39 @@ def test_the_scale_at_the_input_differs_between_the_domains(breakhis_tree):
         2 * at[400][0], rel=1e-4
     )
     assert {image.size for image in ds["image"]} == {(70, 46)} and len(ds) == 8 * (1 + 4 + 4)
+
+
+@pytest.fixture
+def table():
+    """Predictions of two networks and a floor: 24 patients, two images each at every scale."""
+    rng, lines = np.random.default_rng(0), []
+    for row, skill in (("constant", 0.0), ("EfficientNet-Lite0, ERM", 0.5), ("EfficientNet-Lite0, DANN", 2.0)):
+        for held_out in (100, 200, 400):
+            for part in ("test", "test_normalised", "test_source") if skill else ("test", "test_source"):
+                for i in range(48):
+                    patient, label = i // 2, i // 2 % 2
+                    log_odds = skill * (2 * label - 1) + rng.standard_normal() * (skill > 0)
+                    key = {"row": row, "held_out": held_out, "fold": patient % 5, "part": part, "domain": held_out}
+                    lines.append(key | {"patient": f"14-{patient}", "label": label, "log_odds": log_odds, "mpp": 0.5})
+            diagnostics = {"probe": 0.75, "size": 10, "width": 1280, "nogueira": 0.5} if skill else {}
+            lines += [{**key, "part": name, "log_odds": value} for name, value in diagnostics.items()]
+    return pd.DataFrame(lines)
+
+
+def test_tables_of_real_tissue_are_what_the_predictions_say(table, tmp_path):
+    import real_tissue
+
+    text = real_tissue.report(table, "command", "machine")
+    some = table[(table["row"] == "EfficientNet-Lite0, DANN") & (table["part"] == "test")]
+    probability, runs = 1 / (1 + np.exp(-some["log_odds"])), some["held_out"]
+    expected = cluster_interval("auc", some["label"], probability, some["patient"], runs=runs)
+    assert "| EfficientNet-Lite0, DANN | {:.3f} [{:.3f}, {:.3f}] |".format(*expected) in text
+    assert "12 benign and 12 malignant patients" in text
+    assert "| EfficientNet-Lite0, ERM | 0.750 | 10 | 1280 | 0.50 |" in text
+    (gain,) = (line for line in text.splitlines() if line.startswith("| DANN minus ERM |"))
+    assert float(gain.split("|")[2].split()[0]) > 0.1 and "zoom minus none" not in text
+    real_tissue.picture(table, tmp_path / "p.png")
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
