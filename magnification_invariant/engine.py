@@ -127,9 +127,9 @@ class Network(torch.nn.Module):
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """uint8 RGB (b, 3, size, size) to logits (b, classes) and, where wanted, embedding (b, width).
 
-        Vectors, of a model that takes those, are floating and go in as they are.
+        Vectors (b, width), of a model that takes those, go in as they are.
         """
-        x = images if images.is_floating_point() else (images.float() - self.shift) / self.scale
+        x = images if images.ndim == 2 else (images.float() - self.shift) / self.scale
         return embed(self.model, x, self.embedding) if self.embedding else (self.model(x),)
 
     def runner(self) -> Callable[[np.ndarray], list[np.ndarray]]:
