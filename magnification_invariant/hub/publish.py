@@ -14,6 +14,7 @@ from magnification_invariant.files import locked, read_json, whole, write_json
 from magnification_invariant.hub.card import COMPARED, PICTURES, render_card, tested_part
 from magnification_invariant.hub.doctor import check_files
 from magnification_invariant.model_folder import read_model_config
+from magnification_invariant.models import VECTOR_MODELS
 from magnification_invariant.predict import Classifier
 from magnification_invariant.records import POSITIVE, Run
 from magnification_invariant.report.runs import by_title, difference
@@ -55,6 +56,8 @@ def stage(source: str | Path, repo: str, target: Path) -> Path:
     run = Run(source)
     if not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", repo):
         raise ValueError(f"{repo!r} is no repository id: give NAMESPACE/NAME, me/magdg_resnet18.breakhis_lomo200")
+    if run.has_config and run.settings.get("model") in VECTOR_MODELS:
+        raise ValueError(f"{source} is a model of embeddings; what is published are models of images")
     missing = [file for file in FILES if not (run.model / file).is_file()]
     missing += ["results.json of the run"] * (not (run.folder / "results.json").is_file())
     if missing:

@@ -17,6 +17,7 @@ from magnification_invariant.data.pixels import ViewCache
 from magnification_invariant.data.splits import leave_one_domain_out
 from magnification_invariant.data.vectors import VectorCache, load_embeddings, vectors_of
 from magnification_invariant.engine import FitConfig, Network
+from magnification_invariant.hub import stage
 from magnification_invariant.lomo import embedded, run
 from magnification_invariant.lomo.cell import Cell
 from magnification_invariant.lomo.embedded import embed_images, load_network
@@ -128,6 +129,11 @@ def test_nothing_of_the_unseen_rows_is_learned(columns, ds, finished, tmp_path):
     assert other.temperature == finished.temperature
     signatures = [(each.model / "signature.safetensors") for each in (other, finished)]
     assert len({file.read_bytes() for file in signatures if file.is_file()}) <= 1
+
+
+def test_models_of_embeddings_are_not_published(finished, tmp_path):
+    with pytest.raises(ValueError, match="a model of embeddings; what is published are models of images"):
+        stage(finished.folder, "me/model", tmp_path / "staged")
 
 
 def test_records(ds, finished):
