@@ -1,15 +1,15 @@
-"""Train `magdg_resnet18.virtual`, on virtual slides alone; test and card it. (It came with the package up to 0.2.)
+"""Train the weights that come with the package, `magdg_resnet18.virtual`, on virtual slides alone; test and card them.
 
-    python benchmarks/train_virtual.py                                # resumes where it was cut off
+    python benchmarks/train_virtual.py                                # what is shipped; resumes where it was cut off
     python benchmarks/train_virtual.py --cards-only                   # render the card anew, from the records
 
 All four magnifications are trained on, by the frozen recipe of the method. Training and validation patients have
 numbers below 10,000 (development); the test is on patients from 10,000 on (confirmation), at each magnification. The
 run is a cell as `magdg lomo` makes them, with nothing held out; what follows from it is written to
 
-- `runs/weights/magdg_resnet18.virtual`: the model's repository, matrices rounded to float16 before anything is
-  recorded;
-- `runs/cards/magdg_resnet18.virtual`: card, pictures and records, to be looked at.
+- `magnification_invariant/weights/magdg_resnet18.virtual`: the model's repository, matrices rounded to float16 before
+  anything is recorded;
+- `hub_cards/magdg_resnet18.virtual`: card, pictures and records, to be looked at.
 """
 
 import argparse
@@ -101,8 +101,8 @@ def main() -> None:
     parser.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), default="no")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--run", type=Path, default=ROOT / "runs" / "virtual", help="records; default: %(default)s")
-    parser.add_argument("--weights", type=Path, default=ROOT / "runs" / "weights")
-    parser.add_argument("--cards", type=Path, default=ROOT / "runs" / "cards")
+    parser.add_argument("--weights", type=Path, default=ROOT / "magnification_invariant" / "weights")
+    parser.add_argument("--cards", type=Path, default=ROOT / "hub_cards")
     parser.add_argument("--cards-only", action="store_true", help="render the cards of packaged weights anew")
     args = parser.parse_args()
 

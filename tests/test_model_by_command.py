@@ -34,7 +34,7 @@ def slides(tmp_path_factory) -> Path:
     from magnification_invariant import load_virtual_slides
 
     folder = tmp_path_factory.mktemp("slides") / "tree"
-    load_virtual_slides(12, images_per_magnification=1, size=(160, 105), write_to=folder)
+    load_virtual_slides(12, first_patient=5000, images_per_magnification=1, size=(160, 105), write_to=folder)
     return folder
 
 

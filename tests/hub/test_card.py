@@ -25,7 +25,7 @@ def staged(run, tmp_path_factory) -> Path:
 
 def test_the_hub_reads_the_metadata(staged):
     data = ModelCard.load(staged / "README.md").data
-    assert (data.library_name, data.pipeline_tag, data.license) == ("timm", "image-classification", "apache-2.0")
+    assert (data.library_name, data.pipeline_tag, data.license) == ("timm", "image-classification", "other")
     assert data.datasets == ["other"] and data.metrics == ["roc_auc", "f1", "brier_score"]
     results = read_json(staged / "results.json")["parts"]
     listed = {(r.dataset_split, r.metric_type): r.metric_value for r in data.eval_results}
