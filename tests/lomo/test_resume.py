@@ -133,7 +133,7 @@ def test_workers_leave_the_records_of_a_serial_run(breakhis_tree, tmp_path):
 
 @pytest.mark.slow
 def test_a_grid_of_two_workers_killed_at_random_moments(breakhis_tree, tmp_path):
-    """`magdg lomo --workers 2`, whose first process alone is killed, in cells and between them: bit for bit the same."""
+    """`magdg lomo --workers 2`, its first process alone killed, in cells and between them: bit for bit the same."""
     command = (
         f"-m magdg lomo --data {breakhis_tree} --methods dann --held-out 40 200 --folds 0 --n-folds 4 --init none "
     )
