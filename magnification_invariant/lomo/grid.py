@@ -1,5 +1,9 @@
 """A resumable grid of cells, each a folder of records: leave one magnification out, or any other domain."""
 
+import os
+import platform
+import threading
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from itertools import product
@@ -96,7 +100,8 @@ def run_grid(
         for size, zoom in of_pixels:  # built once, before anybody asks
             ViewCache(ds, size)
             PixelCache(ds, cache_height(size, zoom))
-        Parallel(n_jobs=workers)(delayed(_work)(k, *arguments) for k in range(workers))
+        started_by = platform.node(), os.getpid()
+        Parallel(n_jobs=workers)(delayed(_worker)(started_by, k, *arguments) for k in range(workers))
     finished = [cell for cell in cells if is_finished(output / cell.name, cell, ds)]
     for cell in cells:
         if cell not in finished and (accelerator is None or accelerator.is_main_process):
@@ -106,6 +111,23 @@ def run_grid(
             except Busy as error:
                 say(f"{cell.name} is not in the table: {error}")
     return [output / cell.name for cell in finished]
+
+
+def _worker(started_by: tuple[str, int], *arguments) -> None:
+    """`_work` in a process of its own, which ends with the one that started it: killed, that one could not say so."""
+    machine, pid = started_by
+
+    def watch() -> None:
+        while True:
+            try:
+                os.kill(pid, 0)  # asks whether it is there
+            except ProcessLookupError:
+                os._exit(1)  # what is half done is taken up again, as after any kill
+            time.sleep(0.5)
+
+    if platform.node() == machine and os.getpid() != pid:
+        threading.Thread(target=watch, daemon=True).start()
+    _work(*arguments)
 
 
 def _work(worker: int, cells: list[Cell], ds, output: Path, data_source: str | None, say, *, accelerator=None) -> None:

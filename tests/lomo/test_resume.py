@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,7 +132,20 @@ def test_workers_leave_the_records_of_a_serial_run(breakhis_tree, tmp_path):
             assert one == two, (a.name, name, set(one.splitlines()) ^ set(two.splitlines()))
 
 
+def children(pid):
+    """Processes that `pid` has started."""
+    return (path.name for path in Path("/proc").glob("[0-9]*") if parent_of(path) == str(pid))
+
+
+def parent_of(path):
+    try:
+        return (path / "stat").read_text().rpartition(")")[2].split()[1]
+    except OSError:  # it has ended
+        return None
+
+
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes by /proc")
 def test_a_grid_of_two_workers_killed_at_random_moments(breakhis_tree, tmp_path):
     """`magdg lomo --workers 2`, its first process alone killed, in cells and between them: bit for bit the same."""
     command = (
@@ -155,12 +169,15 @@ def test_a_grid_of_two_workers_killed_at_random_moments(breakhis_tree, tmp_path)
             process.wait(rng.uniform(0.4, 1.0) * takes)  # done: once more, from where a cell is missing
             shutil.rmtree(killed / rng.choice(serial).name, ignore_errors=True)
         except subprocess.TimeoutExpired:
+            workers = [int(pid) for pid in children(process.pid)]
             process.kill()
             process.wait()
             kills += 1
-    for _ in range(30):  # until the workers that were left have ended, and let go of what they had
-        if start(killed, 2).wait(300) == 0:
-            break
+            deadline = time.monotonic() + 60  # they may be importing
+            while any(Path(f"/proc/{pid}").exists() for pid in workers):
+                assert time.monotonic() < deadline, "workers outlive who started them"
+                time.sleep(0.1)
+    assert start(killed, 2).wait(300) == 0
     for folder in serial:
         for name in RECORDS if "dann" in folder.name else FLOOR:
             assert (folder / name).read_bytes() == (killed / folder.name / name).read_bytes(), (folder.name, name)
