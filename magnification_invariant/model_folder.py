@@ -311,7 +311,7 @@ def _timm_start(arch: str) -> Start:
             "repository (--init PLACE), or start from random weights (--init none)"
         )
     try:
-        file = resolve(cfg.hf_hub_id, "model.safetensors")
+        file = resolve(cfg.hf_hub_id, cfg.hf_hub_filename or "model.safetensors")
     except OSError as error:
         raise FileNotFoundError(
             f"the ImageNet weights {cfg.hf_hub_id} cannot be had ({error.__cause__ or error}). Three ways on: reach "
