@@ -15,7 +15,8 @@ from magdg.options import Parser, add_training_arguments, grid_settings
 from magdg.sources import add_data_argument
 from magnification_invariant.lomo.cell import Cell
 from magnification_invariant.lomo.grid import make_grid
-from magnification_invariant.model_folder import find_start, load_start
+from magnification_invariant.model_folder import Start, find_start, load_start
+from magnification_invariant.tasks import get_task
 
 WEIGHTS = Path(__file__).parents[2] / "shared" / "weights"
 
@@ -63,6 +64,23 @@ def test_imagenet_is_the_default_but_on_virtual_slides():
     assert started("--data", "BreaKHis_v1", "--init", "none") == {"erm": "none", "frozen": "none"}
     assert Cell("erm", 200, init="imagenet").name == "erm-imagenet-lomo200-fold0-seed0"
     assert Cell("frozen", 200).name == "frozen-lomo200-fold0-seed0"
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "convnext_atto", "magdg_resnet18"])
+def test_timms_own_weights_give_timms_own_features(name, tmp_path):
+    """Through timm's loader: at another input size, with the head that is asked for, and a domain head."""
+    plain = "resnet18" if name.startswith("mag") else name
+    donor = timm.create_model(plain)
+    safetensors.torch.save_file(dict(donor.state_dict()), tmp_path / "model.safetensors")
+    model = get_task("dann").create_model(name, num_classes=2, num_domains=3, image_size=96).eval()
+    cfg = timm.get_pretrained_cfg(plain).to_dict()
+    record = load_start(model, Start("hub", tmp_path / "model.safetensors", plain, pretrained_cfg=cfg))
+    if hasattr(donor, "set_input_size"):
+        donor.set_input_size(img_size=(96, 96))
+    x = torch.randn(1, 3, 96, 96)
+    with torch.inference_mode():
+        assert torch.equal(model.forward_features(x), donor.eval().forward_features(x))
+    assert model.pretrained_cfg["mean"] == cfg["mean"] and record["license"] == "apache-2.0"
 
 
 def test_an_architecture_without_weights_says_the_ways_on(monkeypatch):
