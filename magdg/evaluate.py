@@ -63,7 +63,7 @@ def predict(args) -> tuple[dict, float]:
         if seen.all():
             raise ValueError(
                 f"{args.source} was trained on all {len(set(ds['patient']))} patients of {args.data}: what it says of "
-                "them is no evaluation. Its card has what models of its recipe said of patients they had not seen"
+                "them is no evaluation; give others"
             )
         if seen.any():
             print(f"{seen.sum()} of {len(ds)} images are of patients that the model was trained on: they are left out")

@@ -24,17 +24,10 @@ from magnification_invariant.models import VECTOR_MODELS
 from magnification_invariant.signatures import weights_digest
 from magnification_invariant.tasks import get_task
 from magnification_invariant.tasks.floors import FLOORS, OF_VECTORS
-from magnification_invariant.tasks.frozen import Frozen
-from magnification_invariant.tasks.gan import DegradedERM
-from magnification_invariant.tasks.mixstyle import MixStyle
 
-VECTOR_FIT = {
-    "epochs": 10,
-    "batch_size": 256,
-    "learning_rate": 3e-3,
-}  # of `FitConfig`, defaults where the input are vectors
+# Of `FitConfig`, defaults where the input are vectors.
+VECTOR_FIT = {"epochs": 10, "batch_size": 256, "learning_rate": 3e-3}
 _ROWS = 256  # images a part that is kept when the making is cut
-_OF_PIXELS = (DegradedERM, MixStyle, Frozen)
 
 
 def check_cell(cell: Cell) -> None:
@@ -47,7 +40,7 @@ def check_cell(cell: Cell) -> None:
         if cell.method not in OF_VECTORS:
             raise ValueError(f"{cell.method} looks at images, and there are embeddings")
         return
-    if issubclass(get_task(cell.method), _OF_PIXELS):
+    if get_task(cell.method).of_pixels:
         raise ValueError(f"{cell.method} works on images, and there are embeddings: leave it out")
     if cell.model not in VECTOR_MODELS:
         raise ValueError(f"of embeddings the model is {' or '.join(VECTOR_MODELS)}, not {cell.model}")

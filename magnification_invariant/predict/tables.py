@@ -166,8 +166,12 @@ def _cell(name: str, value):
 
 def _to_json(tables: Iterable[pa.Table], path: Path) -> None:
     """A list of objects, one a line."""
-    rows = [json.dumps(row) for table in tables for row in table.to_pylist()]
-    path.write_text("[\n" + ",\n".join(rows) + "\n]\n", encoding="utf-8")
+    with open(path, "w", encoding="utf-8") as file:
+        rows = (json.dumps(row) for table in tables for row in table.to_pylist())
+        file.write("[")
+        for i, row in enumerate(rows):
+            file.write(("," if i else "") + "\n" + row)
+        file.write("\n]\n")
 
 
 _WRITERS = {".parquet": _to_parquet, ".csv": _to_csv, ".json": _to_json}

@@ -31,6 +31,7 @@ class Frozen(Task):
         head_l2: float = option(1e-3, "L2 penalty of the classifier", search=(1e-4, 1.0, "log"), bounds=(0, 1e6))
 
     arch = "resnet18"
+    of_pixels = True
     pretrained = True
 
     def __init__(self, model, options=None):

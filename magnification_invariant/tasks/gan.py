@@ -90,6 +90,7 @@ class DegradedERM(ERM):
 
     fraction = 0.25
     size = 64  # pixels, of what stands in
+    of_pixels = True
 
     def replacement(self, input: Tensor, target: Tensor, domain: Tensor) -> Tensor:
         """What stands in for `input`, of the same classes, domains and shape, normalised."""

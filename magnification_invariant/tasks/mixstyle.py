@@ -35,6 +35,7 @@ class MixStyle(Task):
         )
 
     arch = "magerm_resnet18"
+    of_pixels = True
 
     def __init__(self, model, options=None):
         super().__init__(model, options)

@@ -52,6 +52,7 @@ class Task(nn.Module):
         __post_init__ = check_options
 
     arch = ""
+    of_pixels = False  # whether it asks for images, and cannot be trained on embeddings
     pretrained = False  # whether it starts from ImageNet weights unless told otherwise
 
     def __init__(self, model: nn.Module, options: Any = None):
