@@ -5,14 +5,14 @@ The folder of a run (a finished cell of the grid) holds
 - ``config.json``: ``cell`` (method, held_out, fold, seed, split, data), ``settings`` (all else that the method reads),
   ``settings_sha256``, ``machine`` (threads, versions, git revision) and, of networks, ``start`` (initial weights);
 - ``metrics.jsonl``: an epoch's mean losses a line; ``prepare.jsonl``: the same of what was trained first;
-- ``predictions.parquet``: logits and probabilities of the parts below, after every epoch;
+- ``predictions.parquet``: logits and probabilities of the parts below, after the last epoch;
 - ``embeddings.safetensors``: embeddings of all parts after the last epoch, one tensor a part;
 - ``results.json``: metrics, intervals and the signature; written last, so a run that has it is finished;
 - ``timing.json``, ``zoom.parquet`` (see `predict.zoom`), ``signature_stability.json`` (see `report.signatures`);
 - ``model/``: the model, in the layout of its Hub repository.
 
 Parts of the predictions: ``val``; ``test``, the unseen domain; ``test_source``, the same patients at the seen ones;
-``test_normalised``, the rows of ``test`` shown at a scale that was trained on (see `data.views`), last epoch only.
+``test_normalised``, the rows of ``test`` shown at a scale that was trained on (see `data.views`).
 """
 
 import json
@@ -144,7 +144,7 @@ class Run:
 
     @cached_property
     def predictions(self) -> pa.Table:
-        """Of all epochs."""
+        """As written; runs of older versions hold every epoch."""
         return pq.read_table(self.folder / "predictions.parquet")
 
     @cached_property

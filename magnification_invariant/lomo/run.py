@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from magnification_invariant import metrics
@@ -43,7 +42,6 @@ from magnification_invariant.records import (
     evaluate,
     prediction_table,
     scores,
-    write_table,
 )
 from magnification_invariant.signatures import SignatureProjector, SparseSignature, refit_stability, weights_digest
 from magnification_invariant.signatures.sparse_signature import NothingToSelect
@@ -247,24 +245,24 @@ def _run_network(job: _Job, config: dict, half: bool) -> None:
         if half and epoch + 1 == cell.fit.epochs:
             for parameter in (each.data for each in model.parameters() if each.ndim > 1):
                 parameter.copy_(parameter.half())
-        logits = {part: _predicted(job, model, part)[0] for part in job.parts}
-        if not all(np.isfinite(values).all() for values in logits.values()):
-            raise Diverged(f"the model of epoch {epoch} predicts what is not a finite number")
         if main:
             _write_epoch(run.folder / "epochs", epoch, log)
             job.accelerator.log({f"{cell.name}/{name}": value for name, value in log.items()}, step=epoch)
-            table = pa.concat_tables(job.records(part, epoch, values) for part, values in logits.items())
-            write_table(table, run.folder / "epochs" / f"{epoch:04d}.parquet")
 
     checkpoint = run.folder / "checkpoint.pt"
     options = {"accelerator": job.accelerator, "checkpoint": checkpoint, "on_epoch": on_epoch}
     model = fit(task, cache, rows, cell.fit, **options, description=cell.name)
     outputs = {part: _predicted(job, model, part, cell.embedding) for part in ("train", *job.parts)}
+    if not all(np.isfinite(logits).all() for logits, _ in outputs.values()):
+        raise Diverged("the trained model predicts what is not a finite number")
     if main:
         normalised, why_none = _normalised(job, model, outputs.get("test", [None])[0])
         results = {"rescaled": _rescaled(job), "mpp_range": job.mpp_range, "base_range": job.base_range, **prepared}
         results |= {"normalised_why_none": why_none} if why_none else {}
-        _record(job, model, {part: embedding for part, (_, embedding) in outputs.items()}, normalised, results)
+        last = cell.fit.epochs - 1
+        tables = [job.records(part, last, outputs[part][0]) for part in job.parts]
+        run.write_predictions(pa.concat_tables([*tables, *([normalised] if normalised is not None else [])]))
+        _record(job, model, {part: embedding for part, (_, embedding) in outputs.items()}, results)
         seconds = time.perf_counter() - started
         run.write_timing(prepare_seconds=prepare_seconds, seconds=seconds)
         write_json(run.model / "results.json", results | {"record": run.config, "seconds": seconds})
@@ -309,11 +307,9 @@ def _normalised(job: _Job, model, logits: np.ndarray | None) -> tuple[pa.Table |
     return job.records(NORMALISED, job.cell.fit.epochs - 1, logits, mpp=mpp, **columns), None
 
 
-def _record(job: _Job, model, embeddings: dict, normalised: pa.Table | None, results: dict) -> None:
-    """Writes predictions, losses, embeddings and the model; adds temperature, metrics and signature to `results`."""
+def _record(job: _Job, model, embeddings: dict, results: dict) -> None:
+    """Writes losses, embeddings and the model; adds temperature, metrics and signature to `results`."""
     run = job.run
-    tables = [pq.read_table(path) for path in sorted((run.folder / "epochs").glob("*.parquet"))]
-    run.write_predictions(pa.concat_tables([*tables, *([normalised] if normalised is not None else [])]))
     for epochs, stage in (("epochs", "metrics"), ("prepare", "prepare")):
         if losses := [read_json(path) for path in sorted((run.folder / epochs).glob("*.json"))]:
             run.write_losses(losses, stage)
