@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from magnification_invariant.data.pixels import PixelCache
 from magnification_invariant.data.vectors import VectorCache
-from magnification_invariant.data.views import DRAWS, mean_over_tiles
+from magnification_invariant.data.views import mean_over_tiles, random_draws
 from magnification_invariant.files import whole
 from magnification_invariant.models import embed
 from magnification_invariant.tasks import Task
@@ -262,10 +262,11 @@ def fit(
                 for repeat in range(player.steps):
                     # Drawn for the whole batch and then shared out: the same draws for any number of processes.
                     generator.manual_seed(_step_seed(config.seed, epoch, step, turn, repeat))
-                    draws = torch.rand(config.batch_size, DRAWS, generator=generator, device=device)[share]
+                    draws = random_draws(config.batch_size, task.views, generator, share)
                     torch.manual_seed(_step_seed(config.seed, epoch, step, turn, repeat, rank))  # dropout and the like
                     batch = slice(step * config.batch_size + share.start, step * config.batch_size + share.stop)
-                    images, chosen = cache.take(index[on_cache[batch]], device), on_device[batch]
+                    images = cache.take(index[on_cache[batch].repeat(task.views)], device)
+                    chosen = on_device[batch].repeat(task.views)
                     out = forward(images, draws, target[chosen], domain[chosen], progress[now], turn)
                     task.zero_grad(set_to_none=True)
                     accelerator.backward(out["loss"])

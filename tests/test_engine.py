@@ -25,7 +25,7 @@ from magnification_invariant.engine import (
     predict,
 )
 from magnification_invariant.models import embed
-from magnification_invariant.tasks import DANN, ERM, Player
+from magnification_invariant.tasks import DANN, ERM, Player, ScalePairs
 
 ARCH = "test_magdg_resnet"
 
@@ -77,7 +77,7 @@ def test_same_seed_same_weights_and_another_seed_others(data):
     assert not equal(state(once), state(other))
 
 
-@pytest.mark.parametrize("method", [ERM, DANN])
+@pytest.mark.parametrize("method", [ERM, DANN, ScalePairs])
 def test_a_run_cut_off_and_resumed_ends_as_one_left_alone(data, tmp_path, method, monkeypatch):
     monkeypatch.setattr(engine, "CHECKPOINT_SECONDS", 0)
     config = replace(CONFIG, epochs=3)

@@ -174,12 +174,27 @@ _STAINS = torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.7
 _STAINS = _STAINS / _STAINS.norm(dim=1, keepdim=True)
 _UNMIX = torch.linalg.inv(_STAINS)  # here, on the CPU: on a GPU it makes the host wait, to look for singular matrices
 
+PLACE = slice(2, 4)  # of the draws of an image
 DRAWS = 11  # random numbers an image needs: quarter turn and flip, zoom, centre (2), stain (6), crop
 
 
 def cache_height(size: int, zoom: float = 1.0) -> int:
     """Short side to cache, so that the finest training crop shows pixels and not blur."""
     return math.ceil(size / CROP_PCT * zoom)
+
+
+def random_draws(n: int, views: int, generator: torch.Generator, share: slice = slice(None)) -> torch.Tensor:
+    """Uniform numbers in [0, 1) for `random_view`, on the generator's device: (views * len(share), `DRAWS`).
+
+    Args:
+        n: Images of the whole batch; `share` of them are taken, of whatever was drawn for all.
+        views: Of every image, all at the same place: a finer one lies inside a coarser one.
+        generator: Is drawn from.
+    """
+    draws = [torch.rand(n, DRAWS, generator=generator, device=generator.device)[share] for _ in range(views)]
+    for other in draws[1:]:
+        other[:, PLACE] = draws[0][:, PLACE]
+    return torch.cat(draws)
 
 
 def random_view(
@@ -209,7 +224,7 @@ def random_view(
     # Where the output's top left pixel may lie; whole cached pixels, so that without a zoom pixels are copied.
     span = step * (size - 1)
     room = torch.stack([width - 1 - span, height - 1 - span], 1)
-    corner = torch.where(room >= 0, torch.floor(draws[:, 2:4] * (room + 1).clamp(min=1)).minimum(room), room / 2)
+    corner = torch.where(room >= 0, torch.floor(draws[:, PLACE] * (room + 1).clamp(min=1)).minimum(room), room / 2)
     centre = corner + span[:, None] / 2
 
     axis = torch.arange(size, device=x.device, dtype=x.dtype) - (size - 1) / 2

@@ -12,8 +12,9 @@ from magnification_invariant.tasks.cdann import CDANN
 from magnification_invariant.tasks.coral import CORAL
 from magnification_invariant.tasks.mixstyle import MixStyle
 from magnification_invariant.tasks.multitask import MultiTask
+from magnification_invariant.tasks.scale_pairs import ScalePairs, TwoView
 from magnification_invariant.tasks.frozen import Frozen
 # isort: on
 
 __all__ = ["CDANN", "CORAL", "DANN", "DCGAN", "ERM", "DegradedERM", "Frozen", "MagGAN", "MixStyle", "MultiTask"]
-__all__ += ["TASKS", "Player", "Task", "check_options", "get_task", "option", "register"]
+__all__ += ["TASKS", "Player", "ScalePairs", "Task", "TwoView", "check_options", "get_task", "option", "register"]

@@ -35,7 +35,7 @@ class Task(nn.Module):
     """A method: `model`, and a `forward` that gives the loss of a batch. `engine.fit` knows nothing more of it.
 
     A method is one file with one subclass, which defines `arch` (the timm model it trains by default), `forward`, and
-    where needed `Options`, `create_model`, `players` and `prepare`.
+    where needed `Options`, `create_model`, `players`, `views` and `prepare`.
 
     Args:
         model: A timm classifier, e.g. from `create_model`.
@@ -53,6 +53,7 @@ class Task(nn.Module):
 
     arch = ""
     of_pixels = False  # whether it asks for images, and cannot be trained on embeddings
+    views = 1  # of an image in a batch, all at the same place of it
     pretrained = False  # whether it starts from ImageNet weights unless told otherwise
 
     def __init__(self, model: nn.Module, options: Any = None):
@@ -108,7 +109,7 @@ class Task(nn.Module):
         """Loss of a batch.
 
         Args:
-            input: Normalised images (b, 3, size, size).
+            input: Normalised images (b, 3, size, size); of several `views`, the first of every image comes first.
             target: Classes (b,), int64.
             domain: Training domains (b,), int64 in [0, num_domains).
             progress: Share of the training done, 0-d in [0, 1).
