@@ -11,6 +11,7 @@ Trial 0 is the defaults. Every further trial draws what the options of training 
 
     python benchmarks/random_search.py                     # 8 trials, two magnifications held out in turn
     python benchmarks/random_search.py --rule nested       # 8 trials of six trainings; 100 patients are scored
+    python benchmarks/random_search.py --rule nested --zoom 2.5 --width 280 --methods erm dann two_view scale_pairs
     python benchmarks/random_search.py --trials 2 --patients 20 --epochs 1 --images 1 --results runs/trial   # trial
 
 A run that was cut goes on where it stopped; more trials or methods can be asked for later.
@@ -32,7 +33,7 @@ from zlib import crc32
 import numpy as np
 
 MAGNIFICATIONS = (40, 100, 200, 400)
-COEFFICIENTS = ("coeff", "coral_weight", "mix_prob")  # how strongly a method departs from plain training
+COEFFICIENTS = ("coeff", "coral_weight", "mix_prob", "pair_weight")  # how strongly a method departs from plain training
 N_FOLDS = {"source": 5, "nested": 3}  # the nested rule tests a third of the patients, validates by another third
 
 
@@ -70,7 +71,8 @@ def parse_args() -> argparse.Namespace:
     add("--patients", type=int, help="default: 80, and 300 by the nested rule, which scores a third of them")
     add("--first-patient", type=int, default=4000, help="default: %(default)s")
     add("--images", type=int, default=3, help="of a patient at each magnification; default: %(default)s")
-    add("--width", type=int, default=176, help="of the slides in pixels; default: %(default)s")
+    add("--width", type=int, default=176, help="of the slides in pixels; 280 holds the zoom; default: %(default)s")
+    add("--zoom", type=float, default=1.0, help="of the training, of all trials; default: none")
     add("--held-out", nargs="+", type=int, default=[40, 400], help="of the rule source; default: 40 400")
     add("--epochs", type=int, help="of all trials; default: searched")
     add("--image-size", type=int, default=64, help="default: %(default)s")
@@ -98,7 +100,7 @@ def main() -> None:
         args.patients, images_per_magnification=args.images, first_patient=args.first_patient, size=size
     )
     epochs = {"epochs": args.epochs} if args.epochs else {}
-    fit = FitConfig(image_size=args.image_size, learning_rate=args.learning_rate, **epochs)
+    fit = FitConfig(image_size=args.image_size, learning_rate=args.learning_rate, zoom=args.zoom, **epochs)
 
     def cells(held_out: int | str) -> dict[tuple[str, int], Cell]:
         """By method and trial."""
@@ -190,7 +192,7 @@ def write(args: argparse.Namespace, losses: dict[str, np.ndarray], chosen: dict[
     from magnification_invariant.files import write_json
     from magnification_invariant.report.page import markdown_table
 
-    name = "random_search" + "_nested" * (args.rule == "nested")
+    name = "random_search" + "_nested" * (args.rule == "nested") + "_zoom" * (args.zoom > 1)
     record, rows = {}, []
     for method, columns in chosen.items():
         own = {
@@ -211,7 +213,7 @@ def write(args: argparse.Namespace, losses: dict[str, np.ndarray], chosen: dict[
     heads = ["loss"] if args.rule == "source" else [f"{m}X held out" for m in MAGNIFICATIONS]
     about = (
         f"{args.trials} trials on {args.patients} virtual patients from {args.first_patient} on, {args.images} images "
-        f"each at every magnification, {args.model} at {args.image_size} px. Trial 0 is the defaults at a learning "
+        f"each at every magnification, {args.model} at {args.image_size} px, zoom {args.zoom:g}. Trial 0 is the defaults at a learning "
         f"rate of {args.learning_rate}. {words} `{name}.json` holds what was chosen."
     )
     command = f"`python benchmarks/random_search.py {shlex.join(sys.argv[1:])}`"
