@@ -34,6 +34,7 @@ import numpy as np
 
 MAGNIFICATIONS = (40, 100, 200, 400)
 COEFFICIENTS = ("coeff", "coral_weight", "mix_prob", "pair_weight")  # how strongly a method departs from plain training
+BALANCED = "patient_balanced"
 N_FOLDS = {"source": 5, "nested": 3}  # the nested rule tests a third of the patients, validates by another third
 
 
@@ -116,8 +117,8 @@ def main() -> None:
     write(args, *search(args, ds, cells))
 
 
-def by_source(args: argparse.Namespace, ds, cells: Callable) -> tuple[dict, dict]:
-    """Validation log-losses (trials, 1) by method, and the trial that is chosen for all held-out magnifications."""
+def by_source(args: argparse.Namespace, ds, cells: Callable) -> tuple[dict, dict, dict]:
+    """Validation log-losses (trials, 1) by method, the trial chosen for all held-outs, and no other rule's."""
     from magnification_invariant.lomo.grid import run_grid
     from magnification_invariant.records import Run
 
@@ -128,19 +129,20 @@ def by_source(args: argparse.Namespace, ds, cells: Callable) -> tuple[dict, dict
         for (method, trial), cell in planned.items():
             loss = np.inf
             if (folder := args.output_dir / "source" / cell.name) in finished:
-                loss = Run(folder).results["uncalibrated"]["val"]["patient_balanced"]["log_loss"]
+                loss = Run(folder).results["uncalibrated"]["val"][BALANCED]["log_loss"]
             losses[method][trial] += loss / len(args.held_out)
-    return losses, {method: {"all": int(loss.argmin())} for method, loss in losses.items()}
+    return losses, {method: {"all": int(loss.argmin())} for method, loss in losses.items()}, {}
 
 
-def by_nesting(args: argparse.Namespace, ds, cells: Callable) -> tuple[dict, dict]:
-    """Brier scores (trials, magnifications) by method, and the trial that is chosen for each held-out magnification."""
+def by_nesting(args: argparse.Namespace, ds, cells: Callable) -> tuple[dict, dict, dict]:
+    """Brier scores (trials, magnifications) by method, the trial that is chosen for each held-out magnification, and
+    those that two other rules would have chosen."""
     from magnification_invariant.lomo.grid import run_grid
     from magnification_invariant.metrics.selection import nested_choice
     from magnification_invariant.records import Run
 
     taken_at = dict(zip(ds["filename"], ds["magnification"], strict=True))
-    folder, losses, strength = args.output_dir / "nested", defaultdict(dict), {}
+    folder, losses, strength, seen = args.output_dir / "nested", defaultdict(dict), {}, defaultdict(dict)
     for pair in combinations(MAGNIFICATIONS, 2):
         unseen = f"{pair[0]}X+{pair[1]}X"  # both are one domain, so that a training that sees neither is tested on both
         domain = [unseen if magnification in pair else f"{magnification}X" for magnification in ds["magnification"]]
@@ -149,6 +151,7 @@ def by_nesting(args: argparse.Namespace, ds, cells: Callable) -> tuple[dict, dic
         for method in args.methods:
             trials = [planned[method, trial] for trial in range(args.trials)]
             runs = [Run(folder / cell.name) if folder / cell.name in finished else None for cell in trials]
+            seen[method][pair] = [run.results["parts"]["val"][BALANCED]["brier"] if run else np.inf for run in runs]
             for held_out, scored in (pair, pair[::-1]):
                 losses[method][held_out, scored] = patient_losses(runs, scored, taken_at)
             options = [vars(cell.options) for cell in trials]
@@ -158,7 +161,13 @@ def by_nesting(args: argparse.Namespace, ds, cells: Callable) -> tuple[dict, dic
         for method, own in losses.items()
     }
     chosen = {m: {str(h): nested_choice(losses[m], h, strength[m]) for h in MAGNIFICATIONS} for m in args.methods}
-    return means, chosen
+    others = {"source": {}, "oracle": {}}
+    for m in args.methods:
+        by_seen = {h: [loss for pair, loss in seen[m].items() if h in pair] for h in MAGNIFICATIONS}
+        by_test = {h: [loss.mean(1) for (_, scored), loss in losses[m].items() if scored == h] for h in MAGNIFICATIONS}
+        for rule, scores in (("source", by_seen), ("oracle", by_test)):
+            others[rule][m] = {str(h): int(np.mean(scores[h], axis=0).argmin()) for h in MAGNIFICATIONS}
+    return means, chosen, others
 
 
 def patient_losses(runs: list, magnification: int, taken_at: dict[str, int]) -> np.ndarray:
@@ -183,11 +192,13 @@ WORDS = {
     "training magnifications, mean over the held-outs ({held_out}); the test was not looked at.",
     "nested": "The loss is the patient-balanced, temperature-scaled Brier score of {scored} other patients at a "
     "magnification that training did not see, mean over the three that are not held out. Within one standard error of "
-    "the best over patients, the weaker coefficient is chosen.",
+    "the best over patients, the weaker coefficient is chosen. Beside it, what other rules would have chosen from "
+    "the same trainings: source, the least Brier score of validation patients at the training magnifications; oracle, "
+    "the least at the held-out magnification itself, which no method may use.",
 }
 
 
-def write(args: argparse.Namespace, losses: dict[str, np.ndarray], chosen: dict[str, dict[str, int]]) -> None:
+def write(args: argparse.Namespace, losses: dict[str, np.ndarray], chosen: dict, others: dict) -> None:
     """The chosen settings as JSON, and a page that shows all trials and says how."""
     from magnification_invariant.files import write_json
     from magnification_invariant.report.page import markdown_table
@@ -201,7 +212,11 @@ def write(args: argparse.Namespace, losses: dict[str, np.ndarray], chosen: dict[
         }
         record[method] = own.get("all", own)
         for trial, of_trial in enumerate(losses[method]):
-            marks = [" **chosen**" * (trial == best) for best in columns.values()]
+            marks = [
+                " **chosen**" * (trial == best)
+                + "".join(f" {rule}" for rule, of_rule in others.items() if of_rule[method][held_out] == trial)
+                for held_out, best in columns.items()
+            ]
             cells = ["diverged" if np.isinf(x) else f"{x:.4f}{mark}" for x, mark in zip(of_trial, marks, strict=True)]
             drawn = settings(method, trial, args.epochs).items()
             rows.append([method, str(trial), *cells, ", ".join(f"{k} {v}" for k, v in drawn) or "defaults"])
@@ -213,7 +228,8 @@ def write(args: argparse.Namespace, losses: dict[str, np.ndarray], chosen: dict[
     heads = ["loss"] if args.rule == "source" else [f"{m}X held out" for m in MAGNIFICATIONS]
     about = (
         f"{args.trials} trials on {args.patients} virtual patients from {args.first_patient} on, {args.images} images "
-        f"each at every magnification, {args.model} at {args.image_size} px, zoom {args.zoom:g}. Trial 0 is the defaults at a learning "
+        f"each at every magnification, {args.model} at {args.image_size} px, zoom {args.zoom:g}. "
+        "Trial 0 is the defaults at a learning "
         f"rate of {args.learning_rate}. {words} `{name}.json` holds what was chosen."
     )
     command = f"`python benchmarks/random_search.py {shlex.join(sys.argv[1:])}`"

@@ -110,7 +110,12 @@ class Run:
     @property
     def title(self) -> str:
         """The row of a table that it belongs to."""
-        return self.method + " + zoom" * (self.zoom > 1)
+        return self.method + " + zoom" * (self.zoom > 1) + f" ({self.recipe})" * bool(self.recipe)
+
+    @property
+    def recipe(self) -> str | None:
+        """Name of its row, where settings were chosen for each held-out domain."""
+        return self.config["cell"].get("recipe")
 
     @property
     def key(self) -> tuple[int | str, int, int]:

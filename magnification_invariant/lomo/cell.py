@@ -55,6 +55,7 @@ class Cell:
     allow_seen_init: bool = option(False, "accept a start that saw the test; marked in every table")
     embedding: str = option("penultimate", "what signatures are made of", choices=("penultimate", "pyramid"))
     mixed_precision: str = option("no", "of training", choices=("no", "bf16", "fp16"))
+    recipe: str | None = option(None, "names the row in tables, where settings are chosen for each held-out domain")
     calibrate: bool = option(True, "fit a temperature on validation patients")
     threads: int = option(1, "CPU threads; results are equal bit for bit only at the same number")
     fit: FitConfig = field(default_factory=FitConfig)
@@ -117,9 +118,9 @@ class Cell:
         init = self.init if self.init == "imagenet" else None
         fit = FitConfig(zoom=self.fit.zoom, image_size=self.fit.image_size)
         plain = Cell(self.method, self.held_out, init=init, fit=fit)
-        unusual = {**self.settings, "split": self._split}, {**plain.settings, "split": plain._split}
-        if unusual[0] != unusual[1]:
-            words.append(hashlib.sha256(json.dumps(unusual[0], sort_keys=True).encode()).hexdigest()[:6])
+        own, usual = ({**each.settings, "split": each._split, **each._recipe} for each in (self, plain))
+        if own != usual:
+            words.append(hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:6])
         return "-".join(words)
 
     @property
@@ -137,6 +138,10 @@ class Cell:
         return f"lomo{self.held_out}"
 
     @property
+    def _recipe(self) -> dict[str, str]:
+        return {"recipe": self.recipe} if self.recipe and self.method not in FLOORS else {}
+
+    @property
     def _split(self) -> dict[str, Any]:
         if self.split:
             return {"file_sha256": hashlib.sha256(Path(self.split).read_bytes()).hexdigest()[:16]}
@@ -147,7 +152,7 @@ class Cell:
         cell = {name: getattr(self, name) for name in ("method", "held_out", "fold", "seed")}
         if self.method in FLOORS:
             cell["seed"] = 0
-        cell |= {"split": self._split, "data": table_digest(ds)}
+        cell |= {"split": self._split, "data": table_digest(ds), **self._recipe}
         return {"cell": cell, "settings": self.settings, "settings_sha256": self.settings_sha256}
 
 

@@ -205,7 +205,11 @@ def _beside_the_paper(groups: dict[str, list[Run]]) -> list:
     for method, (name, held_out, auc, f1, brier, size, jaccard) in PAPER.items():
         figures = f"{auc:.3f}", f"{f1:.3f}", f"{brier:.3f}", f"{size:,}", f"{jaccard:.2f}"
         rows.append([f"{name} (PAPER's)", f"{held_out}X", "paper", *figures])
-        own = {title: Row(title, runs).at(held_out) for title, runs in groups.items() if runs[0].title == method}
+        own = {
+            title: Row(title, runs).at(held_out)
+            for title, runs in groups.items()
+            if (runs[0].method, runs[0].zoom) == (method, 1.0)
+        }
         own = {title: row for title, row in own.items() if row.runs}
         if not own:
             rows.append([method, f"{held_out}X", "ours", *["not run"] * 5])

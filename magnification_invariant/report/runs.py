@@ -64,8 +64,8 @@ def read_runs(folders: Iterable[str | Path]) -> list[Run]:
 def by_title(runs: Iterable[Run]) -> dict[str, list[Run]]:
     """Runs of each row of a table: floors first, then methods, in the order they come.
 
-    Runs of different settings are different rows. Where a method has several, titles name the settings in which they
-    differ: "erm (epochs 3)".
+    Runs of different settings are different rows, unless they bear the name of one recipe. Where a method has several,
+    titles name the settings in which they differ: "erm (epochs 3)".
     """
     groups: dict[str, dict[tuple, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in sorted(runs, key=lambda run: run.is_network):
@@ -84,7 +84,7 @@ def by_title(runs: Iterable[Run]) -> dict[str, list[Run]]:
 def _setting(run: Run) -> tuple:
     """Equal for runs that are folds, seeds and held-out domains of one experiment."""
     split = run.config["cell"]["split"]
-    return run.config["settings_sha256"], split.get("n_folds"), split.get("split_seed")
+    return run.recipe or run.config["settings_sha256"], split.get("n_folds"), split.get("split_seed")
 
 
 def _named_settings(run: Run) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def held_outs(runs: Iterable[Run]) -> list[int | str]:
 
 
 def baseline(title: str, groups: dict[str, list[Run]]) -> str | None:
-    """Title of what a row is compared with: "erm" of the same zoom, and of as many equal settings as there is."""
+    """Title of what a row is compared with: "erm" of the same zoom, of its recipe, and of the most equal settings."""
     (run, *_), keys = groups[title], {run.key for run in groups[title]}
     titles = [
         other
@@ -124,7 +124,12 @@ def baseline(title: str, groups: dict[str, list[Run]]) -> str | None:
     if run.method == "erm" or not titles:
         return None
     own = _named_settings(run).items()
-    return max(titles, key=lambda other: sum(item in own for item in _named_settings(groups[other][0]).items()))
+
+    def likeness(other: str) -> tuple[bool, int]:
+        first = groups[other][0]
+        return first.recipe == run.recipe, sum(item in own for item in _named_settings(first).items())
+
+    return max(titles, key=likeness)
 
 
 def star(runs: Iterable[Run]) -> str:

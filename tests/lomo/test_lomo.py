@@ -194,6 +194,22 @@ def test_several_settings_live_in_one_folder_and_one_table(ds, finished):
         run_cell(CELL, ds.select(range(31)), finished.folder)
 
 
+def test_settings_chosen_for_each_held_out_are_one_row_by_their_recipe(ds, tmp_path):
+    fit = replace(FIT, epochs=1)
+    plain = [Cell("erm", held_out, fit=fit, **SHARED) for held_out in (100, 200)]
+    cells = [
+        replace(plain[0], recipe="nested"),
+        replace(plain[1], recipe="nested").with_settings({"weight_decay": 0.1}),
+    ]
+    assert cells[0].settings_sha256 == plain[0].settings_sha256 and cells[0].name != plain[0].name
+    folders = run_grid([*cells, plain[1]], ds, tmp_path, say=quiet)
+    assert len(folders) == 3 and [Run(folder).recipe for folder in folders] == ["nested", "nested", None]
+    rows = {(row["method"], row["held_out"]) for row in summarise(folders) if row["part"] == "test"}
+    assert rows == {("erm (nested)", 100), ("erm (nested)", 200), ("erm", 200)}
+    with pytest.raises(ValueError, match="recipe was 'nested' and is now 'other'"):
+        run_cell(replace(cells[0], recipe="other"), ds, folders[0])
+
+
 def test_grid_skips_what_is_finished_and_goes_on_after_a_failure(ds, tmp_path, monkeypatch):
     cells = make_grid(["erm", "dann"], [40, 200], [0], [0], fit=ERM.fit, **SHARED)
     assert [cell.method for cell in cells] == [*OF_IMAGES, "erm", "dann"] * 2
