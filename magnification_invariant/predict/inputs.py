@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from magnification_invariant.data.images import EncodedImages, eight_bits, image_files, open_image, printable
+from magnification_invariant.data.images import SUFFIXES, EncodedImages, eight_bits, image_files, open_image, printable
 from magnification_invariant.data.scale import check_mpp
 from magnification_invariant.data.stated_scale import StatedScale, stated_scale
 
@@ -39,7 +39,7 @@ class Item(NamedTuple):
     mpp: float | None
 
 
-def find_images(paths: Iterable[str | os.PathLike]) -> list[Path]:
+def find_images(paths: Iterable[str | os.PathLike], suffixes: set[str] = SUFFIXES) -> list[Path]:
     """Image files of paths that are files, folders (see `data.images.image_files`) or glob patterns, each sorted.
 
     Raises:
@@ -49,7 +49,7 @@ def find_images(paths: Iterable[str | os.PathLike]) -> list[Path]:
     for given in paths:
         path = Path(given).expanduser()
         if path.is_dir():
-            inside = image_files(path)
+            inside = image_files(path, suffixes)
         elif path.exists():
             inside = [path]
         else:

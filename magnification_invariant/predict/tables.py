@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,9 +17,11 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from magnification_invariant.files import locked, read_json, whole, write_json
-from magnification_invariant.predict.classifier import Classifier
 from magnification_invariant.predict.inputs import Item
 from magnification_invariant.records import write_table
+
+if TYPE_CHECKING:
+    from magnification_invariant.predict.classifier import Classifier
 
 SHARD = 64  # images; what a cut run loses at most, per process
 FORMATS = (".parquet", ".csv", ".json")
@@ -54,7 +57,7 @@ class Summary:
 
 
 def predict_to_file(
-    classifier: Classifier,
+    classifier: "Classifier",
     items: list[Item],
     out: str | Path,
     *,
@@ -88,7 +91,7 @@ def predict_to_file(
     shards = [parts / f"{first // SHARD:06d}.parquet" for first in range(0, len(items), SHARD)]
     with locked(out) if process == 0 else nullcontext():
         if process == 0:
-            _prepare(parts, _fingerprint(classifier, items, view))
+            prepare_parts(parts, fingerprint(classifier, items, view))
         wait()
         todo = [k for k in range(process, len(shards), processes) if not shards[k].exists()]
         with tqdm(total=sum(len(items[k * SHARD : (k + 1) * SHARD]) for k in todo), unit="image", disable=None) as bar:
@@ -108,16 +111,17 @@ def predict_to_file(
     return summary
 
 
-def _prepare(parts: Path, fingerprint: str) -> None:
+def prepare_parts(parts: Path, digest: str) -> None:
     """The folder of shards; emptied if they are of another run."""
     run = parts / "run.json"
-    if not (run.exists() and read_json(run)["fingerprint"] == fingerprint):
+    if not (run.exists() and read_json(run)["fingerprint"] == digest):
         shutil.rmtree(parts, ignore_errors=True)
-        write_json(run, {"fingerprint": fingerprint})
+        write_json(run, {"fingerprint": digest})
 
 
-def _fingerprint(classifier: Classifier, items: list[Item], view: str | float) -> str:
-    digest = hashlib.sha256(json.dumps([classifier.config, view]).encode())
+def fingerprint(classifier: "Classifier", items: list[Item], settings: Any) -> str:
+    """Of a model, what it is given, and settings (JSON): parts of another one are not taken."""
+    digest = hashlib.sha256(json.dumps([classifier.config, settings]).encode())
     # Of the weights' file and not of its name: a model trained again in the same folder is another one.
     for path in sorted(classifier.folder.glob("model.*")):
         digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
@@ -154,10 +158,10 @@ def _to_csv(tables: Iterable[pa.Table], path: Path) -> None:
         writer.writeheader()
         for table in tables:
             for row in table.to_pylist():
-                writer.writerow({name: _cell(name, value) for name, value in row.items()})
+                writer.writerow({name: cell(name, value) for name, value in row.items()})
 
 
-def _cell(name: str, value):
+def cell(name: str, value):
     """A file name that begins as a formula does gets ``./`` before it, other text an apostrophe; numbers stay."""
     if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")):
         return ("./" if name == "filename" else "'") + value
