@@ -24,7 +24,7 @@ from magnification_invariant.data.stated_scale import checked
 SLIDE_SUFFIXES = {".svs", ".svslide", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".czi", ".dcm"}
 BLOCK = 2048  # most pixels of a side that are read at once for the picture
 MASK_MPP, LONGEST = 8.0, 4096  # of the picture that tissue is found on: um/px, and most pixels of a side
-CHROMA = (10, 30)  # of 255: least and largest threshold between grey and coloured
+CHROMA = (10, 20)  # of 255: least and largest threshold between grey and coloured
 SMALLEST = 20_000.0  # square micrometres, a square of 140 um
 
 

@@ -153,7 +153,7 @@ def _predict(classifier: "Classifier", path: Path, folder: Path, mpp: float | No
         places = np.argwhere(shares >= settings.least_tissue).tolist()
         if not places:
             raise ValueError(
-                f"no tissue: {mask.mean():.1%} of the slide look like it, and in none of {shares.size} tiles a share of "
+                f"no tissue: {mask.mean():.1%} of the slide look like it, and of no tile (of {shares.size}) a share of "
                 f"{settings.least_tissue:g}"
             )
         parts = folder / "parts"
@@ -211,11 +211,12 @@ def _write(
     apparent = [each for each in tiles["apparent_mpp"].to_pylist() if each]
     looks = float(np.median(apparent)) / grid.step if apparent else None  # of the finest level
     notes = [*slide.notes, *classifier.doubts({"apparent_mpp": looks, "filled": 0}, slide.mpp)]
+    notes += classifier.doubts({"apparent_mpp": None, "filled": 0}, grid.mpp)
     return {
         "tiles": len(tiles),
         "probability": float(metrics.apply_temperature(logits[None], classifier.temperature)[0, POSITIVE]),
         "prediction": classifier.labels[int(logits.argmax())],
-        "warning": "; ".join(notes) or None,
+        "warning": "; ".join(dict.fromkeys(notes)) or None,
     }
 
 
