@@ -1,11 +1,11 @@
 """Whole slides: tiles are images like others, where they lie, what is tissue, a cut run, and a large one."""
 
 import csv
-import io
 import json
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -104,7 +104,8 @@ def test_tiles_lie_on_the_tissue_and_nowhere_else(classifier, two, tmp_path):
         for x, y in PLACES.values():
             ends = [(x, x + WIDTH, tile["x"]), (y, y + HEIGHT, tile["y"])]
             known += np.prod([max(0, min(high, at + tile["width"]) - max(low, at)) for low, high, at in ends])
-        assert tile["tissue"] == pytest.approx(known / tile["width"] ** 2, abs=0.35) and tile["tissue"] >= 0.5
+        # a third of a tile's side is one pixel of the picture that tissue is found on; lumina at an edge are white
+        assert tile["tissue"] >= 0.5 and tile["tissue"] < known / tile["width"] ** 2 + 0.3
     corners = [(tile["x"], tile["y"]) for tile in tiles]
     assert len(set(corners)) == len(corners)
     assert all(x % tiles[0]["width"] == 0 and y % tiles[0]["width"] == 0 for x, y in corners)
@@ -117,7 +118,7 @@ def test_what_tissue_is():
     glass = rng.integers(236, 246, (120, 100, 1)) + rng.integers(-3, 4, (120, 100, 3))
     assert not find_tissue(glass.astype(np.uint8), 8.0).any()
     picture = glass.copy()
-    picture[20:80, 20:80] = (225, 190, 215) + rng.integers(-3, 4, (60, 60, 3))  # pale
+    picture[20:80, 20:80] = np.array((225, 190, 215)) + rng.integers(-3, 4, (60, 60, 3))  # pale
     picture[90:110, 20:80] = (20, 20, 22)  # ink
     picture[5:10, 5:10] = (120, 60, 140)  # dust
     picture[40:50, 40:50] = 240  # a lumen
@@ -283,13 +284,6 @@ BLOCK = 2048
 LARGE = (10, 8)  # blocks: 20,480 x 16,384 pixels
 
 
-def jpeg(pixels):
-    """A file's bytes, which are a tile of a TIFF."""
-    content = io.BytesIO()
-    Image.fromarray(pixels).save(content, "JPEG", quality=90, subsampling=0)
-    return content.getvalue()
-
-
 def write_large_slide(path):
     """Twelve patients, benign on the left, malignant on the right, each on four blocks; glass around them.
 
@@ -317,7 +311,7 @@ def write_large_slide(path):
             small = {n: np.asarray(Image.fromarray(each).reduce(factor)) for n, each in drawn.items()}
             corners = list(np.ndindex(side // tile, side // tile))
             pieces = {
-                (n, y, x): jpeg(each[y * tile : (y + 1) * tile, x * tile : (x + 1) * tile])
+                (n, y, x): zlib.compress(each[y * tile : (y + 1) * tile, x * tile : (x + 1) * tile].tobytes(), 1)
                 for n, each in small.items()
                 for y, x in corners
             }
@@ -328,9 +322,8 @@ def write_large_slide(path):
                 shape=(LARGE[1] * side, LARGE[0] * side, 3),
                 dtype=np.uint8,
                 tile=(tile, tile),
-                photometric="ycbcr",
-                subsampling=(1, 1),
-                compression="jpeg",
+                photometric="rgb",
+                compression="zlib",
                 subfiletype=int(k > 0),
                 resolution=(1e4 / MPP / factor, 1e4 / MPP / factor),
                 resolutionunit="CENTIMETER",
@@ -345,8 +338,9 @@ def test_a_large_slide_with_the_packaged_model(tmp_path):
     label = write_large_slide(tmp_path / "large.tif")
     drawn_in = time.perf_counter() - start
     out, model = tmp_path / "out", PACKAGED / "magdg_resnet18.virtual"
-    code = "import resource, sys\nfrom magdg import main\nstatus = main(sys.argv[1:])\n"
-    code += "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\nsys.exit(status)"
+    # not ru_maxrss, which a process takes over from the one that starts it
+    code = "import sys\nfrom magdg import main\nstatus = main(sys.argv[1:])\n"
+    code += "print(*[line.split()[1] for line in open('/proc/self/status') if 'VmHWM' in line])\nsys.exit(status)"
     command = ["predict", str(tmp_path / "large.tif"), "--model", str(model), "--out", str(out)]
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True)
