@@ -3,10 +3,11 @@
 Squares do not overlap and begin at the upper left corner; what does not fill a whole one at the right and lower edge
 is left out. Pixels come from the coarsest level that is not coarser than what is shown.
 
-**Tissue** is what is coloured: on a picture of the slide of 8 um/px (coarser if a side had more than `LONGEST`
-pixels), where the largest and the least of red, green and blue differ by more than Otsu's threshold, which is held
-between `CHROMA`, so that neither a white slide nor one full of tissue is cut in two. Glass, shadows and black ink are
-grey. Specks and holes below `SMALLEST` are dust and lumina: they are taken away, and filled.
+**Tissue** is what is coloured. On a picture of the slide of 8 um/px (coarser if a side had more than `LONGEST` pixels)
+the difference of the largest and the least of red, green and blue, averaged over squares of `BLUR` um, is held against
+Otsu's threshold, which is kept between `CHROMA`, so that neither a white slide nor one full of tissue is cut in two.
+Glass, shadows and black ink are grey. Specks and holes below `SMALLEST` are dust and lumina: they are taken away, and
+filled.
 """
 
 import math
@@ -24,6 +25,7 @@ from magnification_invariant.data.stated_scale import checked
 SLIDE_SUFFIXES = {".svs", ".svslide", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".czi", ".dcm"}
 BLOCK = 2048  # most pixels of a side that are read at once for the picture
 MASK_MPP, LONGEST = 8.0, 4096  # of the picture that tissue is found on: um/px, and most pixels of a side
+BLUR = 40.0  # micrometres; clefts are narrower
 CHROMA = (10, 20)  # of 255: least and largest threshold between grey and coloured
 SMALLEST = 20_000.0  # square micrometres, a square of 140 um
 
@@ -157,7 +159,8 @@ class Slide:
 
 def find_tissue(pixels: np.ndarray, mpp: float) -> np.ndarray:
     """Where tissue is, bool (height, width), on uint8 RGB (height, width, 3) of `mpp` um/px; see the module."""
-    chroma = np.ptp(pixels, axis=2)
+    chroma = np.ptp(pixels, axis=2).astype(np.float32)
+    chroma = scipy.ndimage.uniform_filter(chroma, max(1, round(BLUR / mpp)), mode="nearest")
     mask = chroma > np.clip(otsu(chroma), *CHROMA)
     for part in (True, False):  # specks, then holes
         labels, n = scipy.ndimage.label(mask == part)
