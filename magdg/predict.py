@@ -16,6 +16,8 @@ def add_arguments(parser) -> None:
     add_view_argument(parser, "normalised")
     at = "um/px at the network's input, instead of --view; default of slides: the middle of what was trained on"
     add("--at", type=float, metavar="UM_PER_PX", help=at)
+    regex = "its one group is the patient in a file's name: writes a row a patient too (of --data always), into "
+    add("--group-regex", metavar="REGEX", help=regex + "OUT.patients.*: mean probability of the images")
     add("--tissue", type=float, default=0.5, metavar="SHARE", help="least of a slide's tile; default: %(default)s")
     add("--backend", choices=("torch", "onnx", "openvino"), default="torch", help="default: %(default)s")
     add("--batch-size", type=positive, default=32, help="tiles at a time; default: %(default)s")
@@ -41,16 +43,19 @@ def execute(args) -> int:
     from accelerate import PartialState
 
     from magnification_invariant.data.slides import SLIDE_SUFFIXES
-    from magnification_invariant.predict import Classifier, check_mpp, items_of
+    from magnification_invariant.predict import Classifier, items_of, patients_by_name
     from magnification_invariant.predict.slides import find_slides
 
-    view = args.view if args.at is None else check_mpp(args.at)
     if of_slides := args.out.is_dir() or not args.out.suffix:
-        if args.data or args.view != "normalised":
-            raise ValueError(f"--out {args.out} is a folder, for whole slides, which take PATHs, and --at for --view")
+        if args.data or args.view != "normalised" or args.group_regex:
+            what = "which take PATHs, --at for --view, and no --group-regex"
+            raise ValueError(f"--out {args.out} is a folder, for whole slides, {what}")
         items = find_slides(args.paths)
     else:
-        items = items_of(load_data(args) if args.data else args.paths, args.mpp)
+        images = load_data(args) if args.data else args.paths
+        items = items_of(images, args.mpp)
+        patients = images["patient"][:] if args.data and not args.no_groups else None
+        patients = patients_by_name(items, args.group_regex) if args.group_regex else patients
         slide = next((item.name for item in items if Path(item.name).suffix.lower() in SLIDE_SUFFIXES), None)
         if slide:
             raise ValueError(f"{slide} is a whole slide: name a folder to write to, --out FOLDER")
@@ -59,20 +64,23 @@ def execute(args) -> int:
         classifier = Classifier.from_pretrained(
             args.model, backend=args.backend, device=state.device, batch_size=args.batch_size
         )
-    return _slides(args, classifier, items, state) if of_slides else _images(args, classifier, items, view, state)
+    return _slides(args, classifier, items, state) if of_slides else _images(args, classifier, items, patients, state)
 
 
 def _share(state) -> dict:
     return {"process": state.process_index, "processes": state.num_processes, "wait": state.wait_for_everyone}
 
 
-def _images(args, classifier, items, view: str | float, state) -> int:
-    from magnification_invariant.predict import predict_to_file
+def _images(args, classifier, items, patients: list[str] | None, state) -> int:
+    from magnification_invariant.predict import check_mpp, patients_file, predict_to_file
 
-    summary = predict_to_file(classifier, items, args.out, view=view, **_share(state))
+    view = args.view if args.at is None else check_mpp(args.at)
+    summary = predict_to_file(classifier, items, args.out, view=view, patients=patients, **_share(state))
     if summary is None:
         return 0
     print(f"wrote {summary.images} rows to {args.out}")
+    if patients:
+        print(f"wrote {summary.patients} patients to {patients_file(args.out)}")
     for what, notes in (("with a warning", summary.warnings), ("FAILED", summary.errors)):
         if notes:
             print(f"{len(notes)} of {summary.images} images {what}; see the table" * (len(notes) > 20) or f"{what}:")

@@ -98,7 +98,7 @@ def predict_slides(
         CannotWrite: a file cannot be written; the shards are kept.
     """
     errors = (OSError, ValueError, openslide_library().OpenSlideError)
-    out, paths = Path(out), [Path(path) for path in paths]
+    out, paths = Path(out), list(dict.fromkeys(map(Path, paths)))
     folders = {out / printable(path.stem): path for path in paths}
     if len(folders) < len(paths):
         twice = next(path for path in paths if folders[out / printable(path.stem)] != path)

@@ -235,6 +235,16 @@ def test_one_bad_slide_does_not_stop_the_others(tiny_model, two, tmp_path, capsy
     assert float(json.loads((out / "good/slide.json").read_text())["mpp"]) == 0.5
 
 
+def test_processes_share_the_slides(classifier, two, tmp_path):
+    other = tmp_path / "other.tif"
+    other.write_bytes(two[0].read_bytes())
+    share = {"out": tmp_path / "out", "processes": 2}
+    assert slides.predict_slides(classifier, [two[0], other], process=1, **share) is None
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["other"]
+    one, two_ = slides.predict_slides(classifier, [two[0], other, other], process=0, **share)
+    assert one | {"slide": None} == two_ | {"slide": None} and one["slide"] == str(two[0])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
