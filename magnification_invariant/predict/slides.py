@@ -98,11 +98,8 @@ def predict_slides(
         CannotWrite: a file cannot be written; the shards are kept.
     """
     errors = (OSError, ValueError, openslide_library().OpenSlideError)
-    out, paths = Path(out), list(dict.fromkeys(map(Path, paths)))
-    folders = {out / printable(path.stem): path for path in paths}
-    if len(folders) < len(paths):
-        twice = next(path for path in paths if folders[out / printable(path.stem)] != path)
-        raise ValueError(f"two slides are called {printable(twice.stem)}: predict them into different folders")
+    out = Path(out)
+    folders = _folders(out, paths)
     mpp = None if mpp is None else check_mpp(mpp)
     settings = _Settings(check_mpp(_default_scale(classifier) if at is None else at), least_tissue)
     if not 0 <= least_tissue <= 1:
@@ -121,11 +118,25 @@ def predict_slides(
         if process:
             return None
         rows = [{name: read_json(folder / "slide.json")[name] for name in ROW} for folder in folders]
-        with whole(out / "slides.csv") as unfinished, open(unfinished, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, ROW)
-            writer.writeheader()
-            writer.writerows({name: cell(name, value) for name, value in row.items()} for row in rows)
+        _write_csv(rows, out / "slides.csv")
     return rows
+
+
+def _write_csv(rows: list[dict[str, Any]], path: Path) -> None:
+    with whole(path) as unfinished, open(unfinished, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ROW)
+        writer.writeheader()
+        writer.writerows({name: cell(name, value) for name, value in row.items()} for row in rows)
+
+
+def _folders(out: Path, paths: Iterable[str | os.PathLike]) -> dict[Path, Path]:
+    """The path of the slide that each folder is for."""
+    paths = list(dict.fromkeys(map(Path, paths)))
+    folders = {out / printable(path.stem): path for path in paths}
+    if len(folders) < len(paths):
+        twice = next(path for path in paths if folders[out / printable(path.stem)] != path)
+        raise ValueError(f"two slides are called {printable(twice.stem)}: predict them into different folders")
+    return folders
 
 
 class _Settings(NamedTuple):
