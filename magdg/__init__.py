@@ -21,7 +21,7 @@ COMMANDS = {
     "zoom": "predict tested patients at one scale after the other",
     "report": "write a report on finished runs: HTML, Markdown and PNG",
     "evaluate": "evaluate a model on data, or anyone's table of predictions",
-    "predict": "predict files, folders or a data set with a trained model",
+    "predict": "predict files, folders, a data set or whole slides with a trained model",
     "export": "write a model as ONNX, in 32 or 8 bits",
     "explain": "draw what in an image speaks for a class",
     "app": "predict in the browser",
@@ -32,7 +32,7 @@ COMMANDS = {
 }
 
 # Of modules that come with an extra only: its name.
-EXTRAS = {"gradio": "app", "openvino": "openvino", "h5py": "hdf5"}
+EXTRAS = {"gradio": "app", "openvino": "openvino", "h5py": "hdf5", "openslide": "wsi"}
 EXTRAS |= dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "onnx")
 
 
@@ -80,7 +80,8 @@ def exit_status(execute: Callable[[], int | None]) -> int:
     except ModuleNotFoundError as error:
         if error.name not in EXTRAS:
             raise
-        print(f"magdg: error: {error}: pip install 'magnification-invariant[{EXTRAS[error.name]}]'", file=sys.stderr)
+        hint = "" if "pip install" in str(error) else f": pip install 'magnification-invariant[{EXTRAS[error.name]}]'"
+        print(f"magdg: error: {error}{hint}", file=sys.stderr)
         return 2
     except (ValueError, OSError) as error:  # bad input: the message says what, where and what to do
         print(f"magdg: error: {error}", file=sys.stderr)

@@ -36,7 +36,7 @@ def apparent_mpp(image: Image.Image) -> float | None:
     ink = -np.log((np.asarray(middle, np.float32) + 1) / 256) @ _HAEMATOXYLIN
     if np.ptp(ink) < _LEAST_CONTRAST:  # also what has too few values for a histogram
         return None
-    dark = ink > _otsu(ink)
+    dark = ink > otsu(ink)
     if dark.all() or not dark.any() or ink[dark].mean() - ink[~dark].mean() < _LEAST_CONTRAST:
         return None
     chords = np.concatenate([_runs(dark), _runs(dark.T)]).astype(float)
@@ -45,7 +45,7 @@ def apparent_mpp(image: Image.Image) -> float | None:
     return float(10 * ((chords**2).sum() / chords.sum()) ** -1.25)
 
 
-def _otsu(values: np.ndarray) -> float:
+def otsu(values: np.ndarray) -> float:
     """The threshold that leaves the least variance within the two sides (Otsu 1979)."""
     count, edges = np.histogram(values, 128)
     middle = (edges[1:] + edges[:-1]) / 2

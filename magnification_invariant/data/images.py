@@ -38,7 +38,7 @@ _TURNS |= {5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image
 _TURNS |= {8: Image.Transpose.ROTATE_90}
 
 
-def image_files(folder: str | os.PathLike) -> list[Path]:
+def image_files(folder: str | os.PathLike, suffixes: set[str] = SUFFIXES) -> list[Path]:
     """Image files below a folder, by suffix, sorted: the one rule of what counts as one.
 
     What is hidden is left out, and so are the twins that macOS adds (``._name.png``, ``__MACOSX``). Links are
@@ -57,7 +57,7 @@ def image_files(folder: str | os.PathLike) -> list[Path]:
         real = os.path.realpath(parent)
         folders[:] = [] if real in entered else sorted(filter(counts, folders))
         if real not in entered:
-            paths += [Path(parent, name) for name in filter(counts, names) if Path(name).suffix.lower() in SUFFIXES]
+            paths += [Path(parent, name) for name in filter(counts, names) if Path(name).suffix.lower() in suffixes]
         entered.add(real)
     irregular = sorted(path for path in paths if not path.is_file())
     if irregular:
@@ -141,7 +141,8 @@ def opened(file: str | os.PathLike | BinaryIO) -> Image.Image:
     if pixels > MOST_PIXELS:
         raise ValueError(
             f"it has more than {MOST_PIXELS:,} pixels, the most that this machine's memory is trusted with: cut it "
-            "into parts, or set MAGDG_MAX_PIXELS to a larger number"
+            "into parts, predict it as a whole slide (magdg predict --out FOLDER), or set MAGDG_MAX_PIXELS to a larger "
+            "number"
         )
     return image
 

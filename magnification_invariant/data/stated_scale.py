@@ -65,7 +65,7 @@ def stated_scale(file) -> StatedScale:
         ("TIFF's resolution", _resolution(resolution)),
     ):
         if values:
-            found = _checked(source, values, notes)
+            found = checked(source, values, notes)
             if found is not None and source != "TIFF's resolution":
                 _contradiction(source, found, _resolution(resolution), notes)
             return StatedScale(found, "; ".join(notes))
@@ -116,7 +116,8 @@ def _factor(unit: str, source: str, notes: list[str]) -> float | None:
     return factor
 
 
-def _checked(source: str, values: tuple[float, float], notes: list[str]) -> float | None:
+def checked(source: str, values: tuple[float, float], notes: list[str]) -> float | None:
+    """One scale (um/px) of those in x and y, or None if it cannot be; what is to be said is added to `notes`."""
     x, y = values
     if max(x, y) > _SQUARE * min(x, y):
         notes.append(f"{source} says {x:g} x {y:g} um/px: its pixels are not square, the geometric mean is taken")

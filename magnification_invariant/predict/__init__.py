@@ -2,8 +2,8 @@
 
 from magnification_invariant.data.scale import check_mpp
 from magnification_invariant.predict.classifier import BACKENDS, ONNX_FILE, Classifier
-from magnification_invariant.predict.inputs import Item, find_images, items_of
-from magnification_invariant.predict.tables import Summary, predict_to_file
+from magnification_invariant.predict.inputs import Item, find_images, items_of, patients_by_name
+from magnification_invariant.predict.tables import Summary, patients_file, predict_to_file
 
 __all__ = [
     "BACKENDS",
@@ -14,5 +14,7 @@ __all__ = [
     "check_mpp",
     "find_images",
     "items_of",
+    "patients_by_name",
+    "patients_file",
     "predict_to_file",
 ]

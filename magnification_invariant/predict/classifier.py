@@ -5,6 +5,7 @@ the model's records were made in: see `data.views`.
 """
 
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -184,6 +185,27 @@ class Classifier:
             for outputs in mean_over_tiles(self.run, shown(pool), self.batch_size):
                 yield self._finished(loaded.pop(0).row, outputs)
 
+    def predict_slide(self, path: str | os.PathLike, out: str | os.PathLike, **options: Any) -> dict[str, Any]:
+        """Predicts the tissue of a whole slide into a folder; needs the extra "wsi".
+
+        Args:
+            path: of any kind that OpenSlide reads.
+            out: folder; what is written there, and `options`: see `predict.slides.predict_slides`.
+
+        Returns:
+            The slide's row: its probability, scale, number of tiles, share of tissue, warning.
+
+        Raises:
+            ModuleNotFoundError: OpenSlide is not installed.
+            ValueError: it cannot be predicted: no slide, no scale, no tissue, damaged.
+        """
+        from magnification_invariant.predict.slides import predict_slides
+
+        (row,) = predict_slides(self, [path], out, **options)
+        if row["error"]:
+            raise ValueError(f"{row['slide']}: {row['error']}")
+        return row
+
     def view_of(
         self, image: Image.Image, native: float | None, view: str | float = "normalised", note: str = ""
     ) -> tuple[View, float]:
@@ -219,7 +241,7 @@ class Classifier:
             row["apparent_mpp"] = apparent_mpp(image)
             loaded.view, mpp = self.view_of(image, native, view, stated.note)
             row["mpp"], row["filled"] = (mpp if native else None), loaded.view.filled
-            notes = [stated.note] * bool(stated.note) + notes + [*self._doubts(row, native, frames)]
+            notes = [stated.note] * bool(stated.note) + notes + [*self.doubts(row, native, frames)]
             row["warning"] = "; ".join(notes) or None
         except Exception as error:  # Pillow raises whatever its decoders do; one bad file must not stop the others
             text = str(error) or type(error).__name__
@@ -227,7 +249,8 @@ class Classifier:
             row["error"] = text.encode("utf-8", "backslashreplace").decode()  # names in it may be odd
         return loaded
 
-    def _doubts(self, row: dict, native: float | None, frames: int) -> Iterator[str]:
+    def doubts(self, row: dict, native: float | None, frames: int = 1) -> Iterator[str]:
+        """What is doubtful about an image, by `apparent_mpp` and `filled` of its row, its um/px and its frames."""
         low, high = self.mpp_range or (0.0, math.inf)
         if native and native > high * 1.001:  # a scale rounded to three digits is the range's end
             yield (

@@ -4,6 +4,7 @@ import glob
 import io
 import math
 import os
+import re
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from magnification_invariant.data.images import EncodedImages, eight_bits, image_files, open_image, printable
+from magnification_invariant.data.images import SUFFIXES, EncodedImages, eight_bits, image_files, open_image, printable
 from magnification_invariant.data.scale import check_mpp
 from magnification_invariant.data.stated_scale import StatedScale, stated_scale
 
@@ -39,7 +40,7 @@ class Item(NamedTuple):
     mpp: float | None
 
 
-def find_images(paths: Iterable[str | os.PathLike]) -> list[Path]:
+def find_images(paths: Iterable[str | os.PathLike], suffixes: set[str] = SUFFIXES) -> list[Path]:
     """Image files of paths that are files, folders (see `data.images.image_files`) or glob patterns, each sorted.
 
     Raises:
@@ -49,7 +50,7 @@ def find_images(paths: Iterable[str | os.PathLike]) -> list[Path]:
     for given in paths:
         path = Path(given).expanduser()
         if path.is_dir():
-            inside = image_files(path)
+            inside = image_files(path, suffixes)
         elif path.exists():
             inside = [path]
         else:
@@ -92,6 +93,25 @@ def items_of(images, mpp: float | Sequence[float] | None = None, *, image_column
     if len(given) != len(items):
         raise ValueError(f"{len(given)} scales for {len(items)} images")
     return [item._replace(mpp=each) for item, each in zip(items, given, strict=True)]
+
+
+def patients_by_name(items: Sequence[Item], pattern: str) -> list[str]:
+    """The patient of every item: what the one group of a regular expression finds in its name.
+
+    Raises:
+        ValueError: it is no regular expression with one group; it finds nothing in a name.
+    """
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+    if expression.groups != 1:
+        raise ValueError(f"{pattern!r} must have one group, (...), which is the patient; it has {expression.groups}")
+    matches = [expression.search(item.name) for item in items]
+    missed = [item.name for item, match in zip(items, matches, strict=True) if not (match and match[1])]
+    if missed:
+        raise ValueError(f"{pattern!r} finds no patient in {len(missed)} of {len(items)} names, first: {missed[0]}")
+    return [match[1] for match in matches if match]
 
 
 def _items(image: Any, number: int) -> list[Item]:

@@ -5,10 +5,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,9 +17,11 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from magnification_invariant.files import locked, read_json, whole, write_json
-from magnification_invariant.predict.classifier import Classifier
 from magnification_invariant.predict.inputs import Item
-from magnification_invariant.records import write_table
+from magnification_invariant.records import POSITIVE, write_table
+
+if TYPE_CHECKING:
+    from magnification_invariant.predict.classifier import Classifier
 
 SHARD = 64  # images; what a cut run loses at most, per process
 FORMATS = (".parquet", ".csv", ".json")
@@ -44,21 +47,28 @@ SCHEMA = pa.schema(
 )
 
 
+PATIENTS = pa.schema(
+    {"patient": _TEXT, "images": _WHOLE, "failed": _WHOLE, "probability": _REAL, "prediction": _TEXT, "error": _TEXT}
+)
+
+
 @dataclass
 class Summary:
     """What came of a run: images in all, and (name, text) of those with an error or a warning."""
 
     images: int = 0
+    patients: int = 0
     errors: list[tuple[str, str]] = field(default_factory=list)
     warnings: list[tuple[str, str]] = field(default_factory=list)
 
 
 def predict_to_file(
-    classifier: Classifier,
+    classifier: "Classifier",
     items: list[Item],
     out: str | Path,
     *,
     view: str | float = "normalised",
+    patients: Sequence[str] | None = None,
     process: int = 0,
     processes: int = 1,
     wait: Callable[[], None] = lambda: None,
@@ -70,6 +80,7 @@ def predict_to_file(
 
     Args:
         view: see `Classifier.iterate`.
+        patients: of each item; then a row a patient is written too, see `patients_file` and `by_patient`.
         process, processes: which of how many this is; every process is given all items and takes its share of shards.
         wait: returns when all processes have called it.
 
@@ -88,7 +99,7 @@ def predict_to_file(
     shards = [parts / f"{first // SHARD:06d}.parquet" for first in range(0, len(items), SHARD)]
     with locked(out) if process == 0 else nullcontext():
         if process == 0:
-            _prepare(parts, _fingerprint(classifier, items, view))
+            prepare_parts(parts, fingerprint(classifier, items, view))
         wait()
         todo = [k for k in range(process, len(shards), processes) if not shards[k].exists()]
         with tqdm(total=sum(len(items[k * SHARD : (k + 1) * SHARD]) for k in todo), unit="image", disable=None) as bar:
@@ -103,21 +114,58 @@ def predict_to_file(
             return None
         summary = Summary()
         with whole(out) as unfinished:
-            _WRITERS[out.suffix](_noted(shards, summary), unfinished)
+            _WRITERS[out.suffix](_noted(shards, summary), unfinished, SCHEMA)
+        if patients is not None:
+            table = by_patient((pq.read_table(shard) for shard in shards), patients, classifier.labels)
+            summary.patients = len(table)
+            with whole(patients_file(out)) as unfinished:
+                _WRITERS[out.suffix]([table], unfinished, PATIENTS)
         shutil.rmtree(parts)
     return summary
 
 
-def _prepare(parts: Path, fingerprint: str) -> None:
+def patients_file(out: Path) -> Path:
+    """What the table of patients beside `out` is called: ``predictions.patients.csv``."""
+    return out.with_name(f"{out.stem}.patients{out.suffix}")
+
+
+def by_patient(tables: Iterable[pa.Table], patients: Sequence[str], labels: Sequence[str]) -> pa.Table:
+    """A row (`PATIENTS`) a patient, in the order of their first image.
+
+    The probability is the mean of the images', each of which weighs the same within its patient, as in
+    `metrics.patient_weights`. Images that failed are counted and left out.
+
+    Args:
+        tables: of `SCHEMA`, all rows in order.
+        patients: of every row.
+        labels: names of the classes, the positive one last.
+    """
+    probability: dict[str, list[float | None]] = {}
+    values = (each for table in tables for each in table["probability"].to_pylist())
+    for patient, value in zip(patients, values, strict=True):
+        probability.setdefault(patient, []).append(value)
+    rows = []
+    for patient, values in probability.items():
+        known = [value for value in values if value is not None]
+        row = {"patient": patient, "images": len(values), "failed": len(values) - len(known)}
+        if known:
+            mean = float(np.mean(known))
+            row |= {"probability": mean, "prediction": labels[POSITIVE if mean >= 0.5 else 1 - POSITIVE]}
+        rows.append(row | {"error": None if known else "none of the images could be predicted"})
+    return pa.Table.from_pylist(rows, PATIENTS)
+
+
+def prepare_parts(parts: Path, digest: str) -> None:
     """The folder of shards; emptied if they are of another run."""
     run = parts / "run.json"
-    if not (run.exists() and read_json(run)["fingerprint"] == fingerprint):
+    if not (run.exists() and read_json(run)["fingerprint"] == digest):
         shutil.rmtree(parts, ignore_errors=True)
-        write_json(run, {"fingerprint": fingerprint})
+        write_json(run, {"fingerprint": digest})
 
 
-def _fingerprint(classifier: Classifier, items: list[Item], view: str | float) -> str:
-    digest = hashlib.sha256(json.dumps([classifier.config, view]).encode())
+def fingerprint(classifier: "Classifier", items: list[Item], settings: Any) -> str:
+    """Of a model, what it is given, and settings (JSON): parts of another one are not taken."""
+    digest = hashlib.sha256(json.dumps([classifier.config, settings]).encode())
     # Of the weights' file and not of its name: a model trained again in the same folder is another one.
     for path in sorted(classifier.folder.glob("model.*")):
         digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
@@ -141,30 +189,30 @@ def _noted(shards: list[Path], summary: Summary) -> Iterator[pa.Table]:
         yield table
 
 
-def _to_parquet(tables: Iterable[pa.Table], path: Path) -> None:
-    with pq.ParquetWriter(path, SCHEMA) as writer:
+def _to_parquet(tables: Iterable[pa.Table], path: Path, schema: pa.Schema) -> None:
+    with pq.ParquetWriter(path, schema) as writer:
         for table in tables:
             writer.write_table(table)
 
 
-def _to_csv(tables: Iterable[pa.Table], path: Path) -> None:
+def _to_csv(tables: Iterable[pa.Table], path: Path, schema: pa.Schema) -> None:
     """Lists are JSON in their cells, and text is never a formula to who opens the table, see `_cell`."""
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, SCHEMA.names)
+        writer = csv.DictWriter(file, schema.names)
         writer.writeheader()
         for table in tables:
             for row in table.to_pylist():
-                writer.writerow({name: _cell(name, value) for name, value in row.items()})
+                writer.writerow({name: cell(name, value) for name, value in row.items()})
 
 
-def _cell(name: str, value):
+def cell(name: str, value):
     """A file name that begins as a formula does gets ``./`` before it, other text an apostrophe; numbers stay."""
     if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")):
         return ("./" if name == "filename" else "'") + value
     return json.dumps(value) if isinstance(value, list) else value
 
 
-def _to_json(tables: Iterable[pa.Table], path: Path) -> None:
+def _to_json(tables: Iterable[pa.Table], path: Path, schema: pa.Schema) -> None:
     """A list of objects, one a line."""
     with open(path, "w", encoding="utf-8") as file:
         rows = (json.dumps(row) for table in tables for row in table.to_pylist())

@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from magdg import main
+from magnification_invariant import metrics
 from magnification_invariant.files import Busy, locked
 from magnification_invariant.predict import Classifier, items_of, predict_to_file
 from magnification_invariant.predict import tables as predictions
@@ -127,7 +128,7 @@ def test_no_cell_of_a_csv_is_a_formula(classifier, pictures, tmp_path, monkeypat
     assert {os.path.normpath(row["filename"]) for row in rows} == set(names)
     assert not any(cell.startswith(("=", "+", "-", "@", "\t", "\r")) for row in rows for cell in row.values())
     assert all(0 <= float(row["probability"]) <= 1 for row in rows)
-    assert predictions._cell("error", "=HYPERLINK()") == "'=HYPERLINK()" and predictions._cell("mpp", -0.5) == -0.5
+    assert predictions.cell("error", "=HYPERLINK()") == "'=HYPERLINK()" and predictions.cell("mpp", -0.5) == -0.5
 
 
 def test_no_space_left(classifier, pictures, tmp_path):
@@ -208,3 +209,44 @@ def test_two_processes_share_the_shards(classifier, tiny_model, pictures, tmp_pa
     assert [row["filename"] for row in one] == [row["filename"] for row in two]
     for a, b in zip(one, two, strict=True):
         assert (a["error"], b["probability"]) == (b["error"], pytest.approx(a["probability"], abs=1e-5))
+
+
+def test_a_row_a_patient(classifier, tiny_model, pictures, tmp_path, capsys):
+    items = items_of(pictures, 0.5)
+    patients = ["a", "b", "a", "=1", "b", "c", "a", "a", "b", "a"]  # the damaged image is the only one of c
+    for suffix in ("parquet", "csv", "json"):
+        summary = predict_to_file(classifier, items, tmp_path / f"out.{suffix}", patients=patients)
+        assert summary.patients == 4
+    images, rows = rows_of(tmp_path / "out.parquet"), rows_of(tmp_path / "out.patients.parquet")
+    assert rows == json.loads((tmp_path / "out.patients.json").read_text())
+    assert [(row["patient"], row["images"], row["failed"]) for row in rows] == [
+        ("a", 5, 0),
+        ("b", 3, 0),
+        ("=1", 1, 0),
+        ("c", 1, 1),
+    ]
+    weight = metrics.patient_weights(patients)
+    for row in rows[:3]:
+        own = np.array([patient == row["patient"] for patient in patients])
+        mean = sum(image["probability"] * w for image, w in zip(np.array(images)[own], weight[own], strict=True))
+        assert row["probability"] == pytest.approx(mean) and row["error"] is None
+        assert row["prediction"] == classifier.labels[int(mean >= 0.5)]
+    assert rows[3]["probability"] is None and "none of the images" in rows[3]["error"]
+    with open(tmp_path / "out.patients.csv", newline="") as file:
+        assert [row["patient"] for row in csv.DictReader(file)] == ["a", "b", "'=1", "c"]
+    command = ["predict", str(pictures), "--model", str(tiny_model), "--mpp", "0.5", "--out", str(tmp_path / "o.csv")]
+    assert main([*command, "--group-regex", r"([0-4])\.png$|[5-9]\.png"]) == 2
+    assert "finds no patient in 5 of 10 names" in capsys.readouterr().err
+    for bad, message in (("(", "no regular expression"), ("a", "must have one group")):
+        assert main([*command, "--group-regex", bad]) == 2 and message in capsys.readouterr().err
+    assert main([*command, "--group-regex", r"(\d)\.png$"]) == 1  # for the damaged image
+    assert f"wrote 10 patients to {tmp_path}/o.patients.csv" in capsys.readouterr().out
+
+
+def test_patients_of_a_table_are_written(breakhis_tree, tiny_model, tmp_path, capsys):
+    out = tmp_path / "out.parquet"
+    command = ["predict", "--data", str(breakhis_tree), "--model", str(tiny_model), "--out", str(out)]
+    assert main([*command, "--mpp", "0.3"]) == 0
+    assert "wrote 32 rows" in (printed := capsys.readouterr().out) and "wrote 8 patients" in printed
+    rows = rows_of(tmp_path / "out.patients.parquet")
+    assert [row["images"] for row in rows] == [4] * 8
