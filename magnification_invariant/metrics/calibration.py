@@ -100,6 +100,34 @@ def corp_decomposition(
     return BrierDecomposition(score, score - recalibrated, base - recalibrated, base)
 
 
+def recalibration(y_true: ArrayLike, y_prob: ArrayLike, sample_weight: ArrayLike | None = None) -> tuple[float, float]:
+    """Calibration slope and intercept, as clinical prediction models state them.
+
+    The slope is that of a logistic regression of the label on the log-odds: below 1, probabilities are too extreme. The
+    intercept is that of one whose slope is held at 1: above 0, they are too low on the whole. Perfect is (1, 0).
+
+    Probabilities are kept from 0 and 1 by 1e-6. NaN where one class is missing, or where a slope does not exist since
+    the classes are told apart without an error, or all probabilities are one.
+
+    Source: Cox, "Two further applications of a model for binary regression", Biometrika 45 (1958); Van Calster et al.,
+    BMC Medicine 17:230 (2019).
+    """
+    from scipy.optimize import brentq
+    from scipy.special import expit, logit
+    from sklearn.linear_model import LogisticRegression
+
+    positive, prob, weight = check_binary(y_true, y_prob, sample_weight)
+    if positive.all() or not positive.any():
+        return float("nan"), float("nan")
+    odds = logit(np.clip(prob, 1e-6, 1 - 1e-6))
+    intercept = brentq(lambda shift: weight @ (expit(odds + shift) - positive), -40, 40)
+    apart = odds[~positive].max() <= odds[positive].min() or odds[positive].max() <= odds[~positive].min()
+    if apart:  # also where all are one value
+        return float("nan"), float(intercept)
+    line = LogisticRegression(C=np.inf, tol=1e-8, max_iter=1000).fit(odds[:, None], positive, weight / weight.mean())
+    return float(line.coef_[0, 0]), float(intercept)
+
+
 def _check_logits(logits: ArrayLike) -> np.ndarray:
     logits = np.asarray(logits, np.float64)
     if logits.ndim != 2 or logits.shape[0] < 1 or logits.shape[1] < 2:

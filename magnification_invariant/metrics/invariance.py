@@ -4,6 +4,7 @@ An adversary that was trained together with an encoder says little about it: it 
 measures look at the finished embeddings from outside.
 """
 
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -108,6 +109,91 @@ def probe_difference(
 
     # Domains as runs: each patient weighs the same within each domain.
     return paired_difference(balanced, y_true, a.right, b.right, groups, runs=domain, **options)
+
+
+def knn_reading(embeddings: ArrayLike, domains: ArrayLike, groups: ArrayLike, k: int = 10) -> float:
+    """How often the k nearest images of *other* patients (by cosine) name the domain: mean recall over domains.
+
+    The majority names it, of several equal ones the nearest. Chance is 1 / domains; beside `domain_probe` it tells what
+    lies near in the space as it is, not what a direction in it can separate.
+
+    Args:
+        embeddings: (n, d).
+        domains: (n,) domain of each row.
+        groups: (n,) patient of each row.
+        k: Neighbours; fewer where there are not so many.
+
+    Raises:
+        ValueError: There is one patient, or NaN.
+    """
+    z = _check_embeddings(embeddings, domains, groups)
+    z = z / np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-12)
+    _, domain = np.unique(np.asarray(domains), return_inverse=True)
+    _, patient = np.unique(np.asarray(groups), return_inverse=True)
+    others = len(z) - np.bincount(patient).max()
+    if others < 1:
+        raise ValueError("neighbours are images of other patients, and there is one patient")
+    named = np.empty_like(domain)
+    for start in range(0, len(z), 1024):
+        rows = slice(start, start + 1024)
+        near = np.where(patient[rows, None] == patient, -np.inf, z[rows] @ z.T)
+        nearest = domain[np.argsort(-near, axis=1, kind="stable")[:, : min(k, others)]]
+        votes = (nearest[:, :, None] == np.arange(domain.max() + 1)).sum(1)
+        first = votes[np.arange(len(nearest))[:, None], nearest] == votes.max(1, keepdims=True)
+        named[rows] = nearest[np.arange(len(nearest)), first.argmax(1)]
+    return float((np.bincount(domain, named == domain) / np.bincount(domain)).mean())
+
+
+class RobustnessIndex(NamedTuple):
+    """See `robustness_index`.
+
+    Attributes:
+        value: 1 where neighbours share the class across domains, 0 where they share the domain across classes.
+        support: Share of rows that have a neighbour of either kind; the others say nothing.
+        k: Neighbours, at which they name the class best.
+    """
+
+    value: float
+    support: float
+    k: int
+
+
+def robustness_index(
+    embeddings: ArrayLike, labels: ArrayLike, domains: ArrayLike, groups: ArrayLike
+) -> RobustnessIndex:
+    """Whether neighbours are of one class or of one domain: the robustness index by `croma`, domains as confounders.
+
+    Of the k nearest rows of other patients, those of the same class and another domain, over those and the ones of
+    another class and the same domain (PathoROB: Koemen et al., 2025). It needs ``pip install
+    'magnification-invariant[robustness]'``.
+
+    Args:
+        embeddings: (n, d).
+        labels: (n,) classes.
+        domains: (n,) domain of each row.
+        groups: (n,) patient of each row.
+
+    Raises:
+        ImportError: `croma` is not installed.
+        ValueError: It has nothing to compare.
+    """
+    try:
+        from croma import RI
+    except ImportError as error:
+        how = "pip install 'magnification-invariant[robustness]'"
+        raise ImportError(f"the robustness index needs croma: {how}") from error
+    import pandas as pd
+
+    z = _check_embeddings(embeddings, labels, domains, groups)
+    names = [str(row) for row in range(len(z))]
+    columns = {"sample_id": names, "image_path": names, "dataset": ["all"] * len(z)}
+    columns |= {name: np.asarray(given).astype(str) for name, given in (("label", labels), ("group_id", groups))}
+    manifest = pd.DataFrame(columns | {"domain": np.asarray(domains).astype(str)})
+    candidates = [k for k in (5, 11, 21, 51) if k < len(z) // 4] or [1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of the support, which is returned
+        result = RI.compute(z, manifest, confounder_column="domain", k_candidates=candidates)
+    return RobustnessIndex(float(result.value), float(result.support), int(result.k))
 
 
 def linear_cka(a: ArrayLike, b: ArrayLike) -> float:

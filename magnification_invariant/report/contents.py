@@ -289,15 +289,17 @@ def _differences(compared: list[Comparison]) -> list:
 
 def _calibration(networks: dict[str, list[Run]]) -> list:
     head = ["method", "T", "Brier before", "Brier after", "Brier at the oracle's T"]
-    head += ["miscalibration", "discrimination", "ECE before", "ECE after"]
+    head += ["miscalibration", "discrimination", "ECE before", "ECE after", "slope", "intercept", "larger class"]
     rows = []
     for title, runs in networks.items():
         temperatures = [run.temperature for run in runs]
         used = ([1.0] * len(runs), None, [run.oracle_temperature() for run in runs])
-        terms = []
+        terms, lines = [], []
         for p in (run.part("test") for run in runs):
-            weight = metrics.patient_weights(p["patient"])
-            terms.append(metrics.corp_decomposition(p["label"], p["probability"], weight))
+            judged = p["label"], p["probability"], metrics.patient_weights(p["patient"])
+            terms.append(metrics.corp_decomposition(*judged))
+            share = np.average(p["probability"] > 0.5, weights=judged[2])
+            lines.append((*metrics.recalibration(*judged), max(share, 1 - share)))
         error = "test", "patient_balanced", "expected_calibration_error"
         rows.append(
             [title + star(runs), f"{np.exp(np.mean(np.log(temperatures))):.2f}"]
@@ -307,6 +309,7 @@ def _calibration(networks: dict[str, list[Run]]) -> list:
                 for name in ("miscalibration", "discrimination")
             ]
             + [number(_mean(runs, when, *error)) for when in ("uncalibrated", "parts")]
+            + [number(value, 2) for value in np.mean(lines, axis=0)]
         )
     runs = [run for group in networks.values() for run in group]
     caption = "Reliability on the unseen magnification; the oracle's temperature was fitted on the test itself."
@@ -314,7 +317,9 @@ def _calibration(networks: dict[str, list[Run]]) -> list:
         "The oracle temperature is fitted on the test rows it is judged by: no method may use it; it shows how much "
         "of a Brier difference a temperature could explain. Miscalibration and discrimination are CORP's terms after "
         "scaling (Brier = miscalibration - discrimination + uncertainty). The calibration errors compare methods only"
-        " on the same rows: noise inflates them. Means over runs.",
+        " on the same rows: noise inflates them. Slope below 1: probabilities are too extreme; intercept above 0: too "
+        "low on the whole (after scaling; 1 and 0 are right). Larger class: the share of images that are given the "
+        "more frequent answer; near 1 the predictions are degenerate, whatever the other numbers say. Means over runs.",
         Table(head, rows),
         *([Picture.drawn("reliability", caption, pictures.reliability, runs)] if runs else []),
     ]
@@ -344,17 +349,38 @@ def _invariance(networks: dict[str, list[Run]]) -> list:
                     minus = metrics.probe_difference(read, probe(erm), keys["label"], keys["domain"], keys["patient"])
                     minus_erm = f"{minus.difference:+.3f} {interval(minus.low, minus.high, '+.3f')}"
             read = f"{read.balanced_accuracy:.3f} {interval(read.low, read.high)}"
-        rows.append([title + star([run]), run.folder.name, read, chance, minus_erm])
+        rows.append([title + star([run]), run.folder.name, read, chance, minus_erm, *_neighbours(run)])
         caption = f"Embeddings of {title}'s test patients, by class and by magnification."
         maps.append(Picture.drawn(f"embedding_{title}", caption, pictures.embedding_map, run))
     return [
         "A fresh linear probe reads the magnification from frozen embeddings of the test patients, at seen and unseen"
         " magnifications, on patients it was not fitted on; compare it with chance, and with erm's of the same "
         "held-out, fold and seed (paired by patients). Intervals are over patients, the fitted probes taken as given. "
-        "One run each.",
-        Table(["method", "run", "fresh probe's balanced accuracy", "chance", "minus erm's"], rows),
+        "One run each. kNN: how often the 10 nearest images of other patients name it, to be compared with the same "
+        "chance: what lies near, where the probe finds any direction. RI, the robustness index of `croma` "
+        "(`[robustness]`): of neighbours that share either the class or the magnification, the share that shares the "
+        "class; 1 is robust, and a class that cannot be told gives about 0.5 whatever the magnification does. Its "
+        "support is the share of images that have such neighbours: a small one makes the index say little.",
+        Table(["method", "run", "fresh probe's balanced accuracy", "chance", "minus erm's", *NEIGHBOURS], rows),
         *maps,
     ]
+
+
+NEIGHBOURS = ("kNN", "RI", "support")
+
+
+def _neighbours(run: Run) -> list[str]:
+    """Cells of a run under `NEIGHBOURS`; a dash where something cannot be had."""
+    embeddings, keys = _tested_embeddings(run)
+    cells = []
+    for measure in (metrics.knn_reading, metrics.robustness_index):
+        labels = (keys["label"],) if measure is metrics.robustness_index else ()
+        try:
+            value = measure(embeddings, *labels, keys["domain"], keys["patient"])
+        except (ImportError, ValueError):  # croma is not there, or there is too little to compare
+            value = (np.nan, np.nan) if labels else np.nan
+        cells += [number(each) for each in (value[:2] if labels else [value])]
+    return cells
 
 
 def _tested_embeddings(run: Run) -> tuple[np.ndarray, dict[str, np.ndarray]]:

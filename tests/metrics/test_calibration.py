@@ -114,3 +114,24 @@ def test_shifting_all_logits_changes_nothing():
 def test_bad_logits_are_refused(logits, y, weight, message):
     with pytest.raises(ValueError, match=message):
         metrics.fit_temperature(logits, y, weight)
+
+
+def test_slope_and_intercept_of_what_is_known():
+    """Labels drawn from a known line of the log-odds: both are found again; and their scores are 0, by hand."""
+    rng = np.random.default_rng(0)
+    odds = rng.normal(size=40_000) * 1.5
+    y = (rng.random(len(odds)) < 1 / (1 + np.exp(-(0.6 * odds - 0.4)))).astype(int)
+    prob, weight = 1 / (1 + np.exp(-odds)), rng.random(len(odds)) + 0.5
+    slope, intercept = metrics.recalibration(y, prob, weight)
+    assert slope == pytest.approx(0.6, abs=0.03)
+    assert weight @ (y - 1 / (1 + np.exp(-(odds + intercept)))) == pytest.approx(0, abs=1e-6)
+    calibrated = (rng.random(len(odds)) < prob).astype(int)
+    assert metrics.recalibration(calibrated, prob) == pytest.approx((1, 0), abs=0.05)
+
+
+def test_slopes_that_do_not_exist_are_nan():
+    assert np.isnan(metrics.recalibration([1, 1], [0.2, 0.7])).all()
+    for separated in ([0.1, 0.2, 0.8, 0.9], [0.9, 0.8, 0.2, 0.1], [0.3, 0.3, 0.3, 0.3]):
+        slope, intercept = metrics.recalibration([0, 0, 1, 1], separated)
+        assert np.isnan(slope) and np.isfinite(intercept)
+    assert metrics.recalibration([0, 1, 1, 1], [0.5] * 4)[1] == pytest.approx(np.log(3))

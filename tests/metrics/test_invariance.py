@@ -89,3 +89,45 @@ def test_the_difference_of_two_probes_is_paired_by_patients():
     parts = [metrics.domain_probe(e[some], domain[some], patient[some]) for e in (embeddings(4)[0], x)]
     result = metrics.probe_difference(*parts, y[some], domain[some], patient[some], n_draws=50)
     assert result.difference == pytest.approx(parts[0].balanced_accuracy - parts[1].balanced_accuracy)
+
+
+def neighbourhood(by_class, by_domain, n=240):
+    rng = np.random.default_rng(0)
+    patient, domain = np.arange(n) // 6, rng.integers(0, 4, n)
+    x = rng.normal(size=(n, 8))
+    x[:, 0] += by_class * (2 * (patient % 2) - 1)
+    x[:, 1:5] += by_domain * np.eye(4)[domain]
+    return x, patient % 2, domain, patient
+
+
+def test_neighbours_of_other_patients_name_the_domain_where_it_shows_and_not_where_it_does_not():
+    x, _, domain, patient = neighbourhood(0, 6)
+    assert metrics.knn_reading(x, domain, patient) > 0.95
+    x, _, domain, patient = neighbourhood(3, 0)
+    assert metrics.knn_reading(x, domain, patient) == pytest.approx(0.25, abs=0.1)
+
+
+def test_neighbours_by_hand():
+    """A patient's own images are nearest and do not count; of equal votes the nearest wins."""
+    x = [[1, 0], [1, 0.01], [1, 0.1], [1, 0.2], [0, 1]]
+    groups, domains = ["a", "a", "b", "c", "d"], [0, 1, 1, 0, 0]
+    # nearest of other patients: b (1, wrong), b (1, right), a1 (1, right), b (1, wrong), c (0, right)
+    assert metrics.knn_reading(x, domains, groups, k=1) == pytest.approx((1 / 3 + 1) / 2)
+    with pytest.raises(ValueError, match="there is one patient"):
+        metrics.knn_reading(x, domains, ["a"] * 5)
+
+
+def test_the_robustness_index_tells_class_from_domain():
+    pytest.importorskip("croma")
+    by_class = metrics.robustness_index(*neighbourhood(4, 0))
+    by_domain = metrics.robustness_index(*neighbourhood(0, 6))
+    assert by_class.value > 0.9 > 0.1 > by_domain.value and min(by_class.support, by_domain.support) > 0.3
+
+
+def test_cka_of_other_fields_is_no_similarity_even_of_a_network_that_says_one_thing():
+    """The cosine of random pairs rises where embeddings collapse; unbiased CKA of shuffled fields stays at 0."""
+    rng = np.random.default_rng(0)
+    collapsed = 10 + rng.normal(size=(60, 16)) * 0.1
+    unit = collapsed / np.linalg.norm(collapsed, axis=1, keepdims=True)
+    assert (unit @ unit.T).min() > 0.99
+    assert abs(metrics.linear_cka(collapsed, collapsed[rng.permutation(60)])) < 0.1
