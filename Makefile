@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all quality style clean
+.PHONY: demo test test-all quality style docs clean
 
 demo: .venv/ready
 	$(BIN)/magdg demo
@@ -28,5 +28,10 @@ style: .venv/ready
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[test]'
 	touch $@
 
+# Any warning is an error; the other variable silences a notice of the theme's authors.
+docs: .venv/ready
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf .venv
+	rm -rf .venv site
