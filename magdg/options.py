@@ -1,6 +1,6 @@
 """Flags made from dataclasses: what can be set stands once, where it is used, with its default and its help.
 
-``python -m magdg.options`` prints the README's table of methods.
+``python -m magdg.options`` prints the table of methods of docs/train.md.
 """
 
 import argparse
