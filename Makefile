@@ -16,6 +16,7 @@ test-all: .venv/ready
 quality: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 style: .venv/ready
 	$(BIN)/ruff check --fix .
