@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all quality style clean
+.PHONY: demo test test-all test-min quality style docs dist clean
 
 demo: .venv/ready
 	$(BIN)/magdg demo
@@ -16,6 +16,7 @@ test-all: .venv/ready
 quality: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 style: .venv/ready
 	$(BIN)/ruff check --fix .
@@ -28,5 +29,22 @@ style: .venv/ready
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[test]'
 	touch $@
 
+# Any warning is an error; the other variable silences a notice of the theme's authors.
+docs: .venv/ready
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# The lowest versions that setup.cfg allows, of what it names; of the rest what goes with them.
+test-min: .venv-min/ready
+	.venv-min/bin/python -m pytest -m "not slow"
+
+dist: .venv/ready
+	UV=$(BIN)/uv PYTHON=$(BIN)/python .ci/dist
+
+.venv-min/ready: setup.cfg pyproject.toml | .venv/ready
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv-min
+	$(BIN)/uv pip install --quiet --python .venv-min/bin/python --resolution lowest-direct --editable '.[test]'
+	touch $@
+
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-min .venv-dist site dist build

@@ -3,7 +3,7 @@
     accelerate launch examples/train.py
     accelerate launch examples/train.py --data path/to/BreaKHis_v1 --held-out 40 --method dann --epochs 30
 
-Without arguments: `magdg_resnet18` on virtual slides, 200X held out. Several processes or machines: see the README.
+Without arguments: `magdg_resnet18` on virtual slides, 200X held out. Several processes or machines: see docs/train.md.
 """
 
 import argparse

@@ -10,7 +10,9 @@ def add_arguments(parser) -> None:
     from magnification_invariant.tasks import TASKS
 
     add = parser.add_argument
-    known = f"{', '.join(TASKS)} or module:Class; of embeddings not gan, degraded, mixstyle, frozen"
+    known = (
+        f"{', '.join(TASKS)} or module:Class; of embeddings not gan, degraded, mixstyle, two_view, scale_pairs, frozen"
+    )
     add("--methods", nargs="+", default=["erm", "dann"], metavar="METHOD", help=f"{known}; default: erm dann")
     add("--held-out", nargs="+", metavar="DOMAIN", help="default: every magnification in turn")
     add("--folds", nargs="+", type=int, metavar="N", help="which groups of patients to test; default: all")

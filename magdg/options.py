@@ -1,6 +1,6 @@
 """Flags made from dataclasses: what can be set stands once, where it is used, with its default and its help.
 
-``python -m magdg.options`` prints the README's table of methods.
+``python -m magdg.options`` prints the table of methods of docs/train.md.
 """
 
 import argparse
@@ -137,7 +137,7 @@ def table_of_options() -> str:
 
     lines = ["| `--method(s)` | what is trained | options |", "|---|---|---|"]
     for method, task in TASKS.items():
-        what = task.__doc__.strip().splitlines()[0].rstrip(".:")
+        what = (task.__doc__ or "").strip().splitlines()[0].rstrip(".:")
         lines.append(f"| `{method}` | {what} | {flags(method, (n for n in owners if n not in shared))} |")
     return "\n".join([*lines, "", f"All have {flags(next(iter(TASKS)), shared)}."])
 

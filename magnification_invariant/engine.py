@@ -208,7 +208,7 @@ def fit(
 
     task = task.to(device, memory_format=torch.channels_last)  # faster on CPUs too
     if device.type == "cuda" and world > 1:
-        task = torch.nn.SyncBatchNorm.convert_sync_batchnorm(task)
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(task)  # of its parts: it is none itself
     cache.to(device)
     ema = ModelEmaV3(task.model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
     players = task.players
@@ -354,7 +354,7 @@ def predict(
     run = Network(model, embedding).to(device).runner()
     outputs = zip(*mean_over_tiles(run, views(share), batch_size), strict=True)
     columns = [torch.from_numpy(np.stack(column).astype(np.float32)).to(device) for column in outputs]
-    if world > 1:
+    if accelerator and world > 1:
         columns = [accelerator.gather(column) for column in columns]
     logits, *rest = [column[: len(rows)].cpu().numpy() for column in columns]
     return logits, (rest[0] if rest else None)

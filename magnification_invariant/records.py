@@ -80,26 +80,32 @@ class Run:
 
     @property
     def has_config(self) -> bool:
+        """Whether it was begun."""
         return (self.folder / "config.json").is_file()
 
     @property
     def is_finished(self) -> bool:
+        """Whether everything is written."""
         return self.has_config and (self.folder / "results.json").is_file()
 
     @property
     def is_network(self) -> bool:
+        """Whether a network was trained; a floor has none."""
         return "start" in self.config
 
     @property
     def method(self) -> str:
+        """Name of the method, or of the floor."""
         return self.config["cell"]["method"]
 
     @property
     def held_out(self) -> int | str:
+        """The domain that training has not seen."""
         return self.config["cell"]["held_out"]
 
     @property
     def settings(self) -> dict[str, Any]:
+        """What its method read, by name."""
         return self.config["settings"]
 
     @property
@@ -131,14 +137,17 @@ class Run:
 
     @cached_property
     def results(self) -> dict[str, Any]:
+        """Content of ``results.json``."""
         return read_json(self.folder / "results.json")
 
     @cached_property
     def temperature(self) -> float:
+        """What logits are divided by before the softmax."""
         return self.results["temperature"]
 
     @property
     def seconds(self) -> float | None:
+        """Duration of the training; None where it was not written."""
         file = self.folder / "timing.json"
         return read_json(file)["seconds"] if file.is_file() else None
 
@@ -225,19 +234,24 @@ class Run:
     # What is written
 
     def write_config(self, config: dict[str, Any]) -> None:
+        """Writes what the run is."""
         write_json(self.folder / "config.json", config)
 
     def write_results(self, results: dict[str, Any]) -> None:
+        """Writes ``results.json``, the last file of a run."""
         write_json(self.folder / "results.json", results)
         self.__dict__.pop("results", None)
 
     def write_timing(self, **seconds: float) -> None:
+        """Writes durations by name."""
         write_json(self.folder / "timing.json", seconds)
 
     def write_predictions(self, table: pa.Table) -> None:
+        """Writes a table of `prediction_table`."""
         write_table(table, self.folder / "predictions.parquet")
 
     def write_losses(self, losses: list[dict[str, float]], stage: str = "metrics") -> None:
+        """Writes the losses of each epoch."""
         with whole(self.folder / f"{stage}.jsonl") as unfinished:
             unfinished.write_text("".join(json.dumps(each) + "\n" for each in losses))
 
@@ -250,6 +264,7 @@ class Run:
 
 
 def write_table(table: pa.Table, path: Path) -> None:
+    """Writes Parquet, whole or not at all."""
     with whole(path) as unfinished:
         pq.write_table(table, unfinished)
 

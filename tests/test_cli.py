@@ -127,9 +127,9 @@ def test_words_for_virtual_slides():
     assert sources.virtual_parameters(text) == wanted and sources.virtual_parameters("virtual") == {}
 
 
-def test_the_readme_has_the_table_of_methods():
+def test_the_page_on_training_has_the_table_of_methods():
     table = options.table_of_options()
-    assert table in (ROOT / "README.md").read_text(encoding="utf-8"), "print it: python -m magdg.options"
+    assert table in (ROOT / "docs" / "train.md").read_text(encoding="utf-8"), "print it: python -m magdg.options"
     assert all(f"| `{method}` |" in table for method in TASKS)
 
 

@@ -51,7 +51,7 @@ def otsu(values: np.ndarray) -> float:
     middle = (edges[1:] + edges[:-1]) / 2
     below, mass = np.cumsum(count), np.cumsum(count * middle)
     between = (mass[-1] * below / below[-1] - mass) ** 2 / np.maximum(below * (below[-1] - below), 1)
-    return middle[between.argmax()]
+    return float(middle[between.argmax()])
 
 
 def _runs(mask: np.ndarray) -> np.ndarray:

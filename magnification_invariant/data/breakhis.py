@@ -205,7 +205,7 @@ def _raw_row(path: str, content: bytes | None = None) -> dict:
     if problem:
         return row | {"problem": problem}
 
-    fields = name_fields(name)
+    fields = name_fields(name) or {}  # there is no problem: it is named as in BreaKHis
     stretched = abs(width / height / (_WIDTH / _HEIGHT) - 1) > 0.02  # 700 x 456 is off by 0.9 %, rounded sizes by less
     # Kept aspect ratio: the width says it all, as cropped rows change no pixel. Else the mean of both directions.
     shrink = (_WIDTH / width * _HEIGHT / height) ** 0.5 if stretched else _WIDTH / width

@@ -70,7 +70,7 @@ def image_files(folder: str | os.PathLike, suffixes: set[str] = SUFFIXES) -> lis
 
 
 def printable(path: str | os.PathLike) -> str:
-    """A path as text; bytes that are no UTF-8, which no table can hold, are written as ``\\xe4``."""
+    r"""A path as text; bytes that are no UTF-8, which no table can hold, are written as ``\xe4``."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
@@ -158,7 +158,8 @@ def shown_size(image: Image.Image) -> tuple[int, int]:
     # TIFF it has turned already.
     has_exif = "exif" in image.info if image.format == "PNG" else image.format != "TIFF"
     turned = has_exif and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-    return image.size[::-1] if turned else image.size
+    width, height = image.size
+    return (height, width) if turned else (width, height)
 
 
 def to_rgb(image: Image.Image, notes: list[str] | None = None) -> Image.Image:

@@ -86,8 +86,8 @@ def _tags(file) -> tuple[str, tuple[float, float, int]]:
     description = tags.get("ImageDescription", "")
     if isinstance(description, bytes):
         description = description.decode("utf-8", "replace")
-    axes = (_ratio(tags.get(name)) for name in ("XResolution", "YResolution"))
-    return str(description), (*axes, int(tags.get("ResolutionUnit", 2) or 0))
+    x, y = (_ratio(tags.get(name)) for name in ("XResolution", "YResolution"))
+    return str(description), (x, y, int(tags.get("ResolutionUnit", 2) or 0))
 
 
 def _ratio(value: Any) -> float:
@@ -172,11 +172,11 @@ def _ome(description: str, size: tuple[int, int], notes: list[str]) -> tuple[flo
         value = _number(chosen.get(f"PhysicalSize{axis}"))
         factor = _factor(chosen.get(f"PhysicalSize{axis}Unit", "um"), "its OME-XML", notes) if value else None
         sides.append(value * factor if value and factor else None)
-    if not any(sides):
-        return None
-    if not all(sides):
-        notes.append(f"its OME-XML states PhysicalSize{'X' if sides[0] else 'Y'} alone: pixels are taken to be square")
-    return sides[0] or sides[1], sides[1] or sides[0]
+    x, y = sides
+    if not (x and y) and (x or y):
+        notes.append(f"its OME-XML states PhysicalSize{'X' if x else 'Y'} alone: pixels are taken to be square")
+    x, y = x or y, y or x
+    return (x, y) if x and y else None
 
 
 def _scanner(description: str) -> tuple[float, float] | None:
@@ -184,12 +184,12 @@ def _scanner(description: str) -> tuple[float, float] | None:
     number = r"[\"']?\s*([\d.,]+(?:[eE][+-]?\d+)?)"
     spacing = re.search(rf"DICOM_PIXEL_SPACING[^>]*>\s*{number}[\"']?\s+{number}", description)
     if spacing:
-        sides = [_number(side) for side in spacing.groups()]
-        return (sides[1] * 1e3, sides[0] * 1e3) if all(sides) else None
+        y, x = (_number(side) for side in spacing.groups())
+        return (x * 1e3, y * 1e3) if x and y else None
     axes = [re.search(rf"\b(?:MPP|mpp|openslide\.mpp)[-_.]?{axis}\s*[=:]\s*{number}", description) for axis in "xy"]
     if all(axes):
-        sides = [_number(axis[1]) for axis in axes]
-        return (sides[0], sides[1]) if all(sides) else None
+        x, y = (_number(axis[1]) for axis in axes if axis)
+        return (x, y) if x and y else None
     single = re.search(rf"\b(?:MPP|ScanRes)\s*=\s*{number}", description)
     value = _number(single[1].rstrip(".,")) if single else None
     return (value, value) if value else None

@@ -330,9 +330,11 @@ class VectorCache:
 
     @property
     def device(self) -> torch.device:
+        """Where the vectors are."""
         return self.vectors.device
 
     def to(self, device) -> VectorCache:
+        """Moves the vectors; returns itself."""
         self.vectors = self.vectors.to(device)
         return self
 

@@ -69,7 +69,7 @@ def verify(ds, *, pixels: bool = True) -> Verification:
     """
     rows = ds.select_columns(["filename", "label", "subtype", "magnification", "patient", "slide", "mpp"]).to_list()
     stems = [PurePath(row["filename"]).stem for row in rows]
-    published = {name: name_fields(name) for slide in slides() for name in slide.names}
+    published = {name: name_fields(name) or {} for slide in slides() for name in slide.names}
     ductal = {name for name, fields in published.items() if is_ductal_copy(fields["slide"], fields["subtype"])}
     missing = published.keys() - set(stems)
     wrong = {

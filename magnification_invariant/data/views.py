@@ -249,7 +249,7 @@ def _sample(x: torch.Tensor, where: torch.Tensor, step: torch.Tensor, levels: in
     Every image is sampled at every level and weighted, since choosing by value would make the host wait.
     """
     level = step.log2().clamp(0, levels)
-    out = 0.0
+    out = torch.zeros((), dtype=x.dtype, device=x.device)
     for k in range(levels + 1):
         if k:
             x = F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)

@@ -63,7 +63,7 @@ def render_card(folder: Path, repo: str) -> str:
     return template.render(
         metadata=Markup(_metadata(config, results, data, parts)),
         about_data=Markup(about_data),
-        about_method=Markup(TASKS[method].__doc__.splitlines()[0]) if method in TASKS else method,
+        about_method=Markup((TASKS[method].__doc__ or "").splitlines()[0]) if method in TASKS else method,
         repo=repo,
         config=config,
         size=config["pretrained_cfg"]["input_size"][-1],

@@ -48,6 +48,7 @@ class Report:
 
     @property
     def healthy(self) -> bool:
+        """Whether the logits are what was recorded, but for rounding."""
         return self.difference <= TOLERANCE  # also false of NaN
 
     def __str__(self) -> str:

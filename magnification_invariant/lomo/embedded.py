@@ -64,7 +64,7 @@ def load_network(name: str, size: int | None = None) -> tuple[torch.nn.Module, i
         warnings.warn(f"timm has no weights for {name}: these are embeddings of a random network", stacklevel=2)
     if size and hasattr(model, "set_input_size"):
         model.set_input_size(img_size=(size, size))
-    return model, size or model.pretrained_cfg["input_size"][-1]
+    return model, size or timm.data.resolve_model_data_config(model)["input_size"][-1]
 
 
 def embed_images(ds, model: torch.nn.Module, size: int, out: Path, *, batch_size: int = 64, **record: Any) -> None:

@@ -85,9 +85,10 @@ class _Patients:
     """Rows grouped by patient, with whatever a metric needs to be computed again for other weights of the patients."""
 
     def __init__(self, metric, y_true, y_probs, groups, runs):
-        self.metric = METRICS.get(metric, metric)
-        if not callable(self.metric):
+        named = METRICS.get(metric) if isinstance(metric, str) else metric
+        if not callable(named):
             raise ValueError(f"no metric is called {metric!r}; there are {', '.join(METRICS)}, or pass a function")
+        self.metric: Callable[..., float] = named
         self.is_auc = self.metric is auc
         scores = self.is_auc or self.metric not in METRICS.values()
         checked = [check_binary(y_true, prob, scores=scores) for prob in y_probs]

@@ -24,8 +24,10 @@ def jaccard(a: ArrayLike, b: ArrayLike) -> float:
 
     NaN for two empty sets. Chance does not score 0: see `chance_jaccard`.
     """
-    a, b = (set(np.flatnonzero(s).tolist() if s.dtype == bool else s.tolist()) for s in (np.asarray(a), np.asarray(b)))
-    return len(a & b) / len(a | b) if a | b else float("nan")
+    first, second = (
+        set(np.flatnonzero(s).tolist() if s.dtype == bool else s.tolist()) for s in (np.asarray(a), np.asarray(b))
+    )
+    return len(first & second) / len(first | second) if first | second else float("nan")
 
 
 def chance_jaccard(size_a: int, size_b: int, n_dimensions: int) -> float:

@@ -196,25 +196,25 @@ _RESNET18 = dict(block=BasicBlock, layers=(2, 2, 2, 2))
 
 
 @register_model
-def magdg_resnet18(pretrained: bool = False, **kwargs) -> ResNet:
+def magdg_resnet18(pretrained: bool = False, **kwargs) -> nn.Module:
     """ResNet-18 for adversarial training; `num_domains=3` for the magnifications that leaving one out trains on."""
     return _create("magdg_resnet18", pretrained, **_RESNET18 | kwargs)
 
 
 @register_model
-def magerm_resnet18(pretrained: bool = False, **kwargs) -> ResNet:
+def magerm_resnet18(pretrained: bool = False, **kwargs) -> nn.Module:
     """ResNet-18 trained by supervision alone, the baseline."""
     return _create("magerm_resnet18", pretrained, **_RESNET18 | kwargs)
 
 
 @register_model
-def maggan_resnet18(pretrained: bool = False, **kwargs) -> ResNet:
+def maggan_resnet18(pretrained: bool = False, **kwargs) -> nn.Module:
     """ResNet-18 trained by supervision with DCGAN patches added, the other baseline."""
     return _create("maggan_resnet18", pretrained, **_RESNET18 | kwargs)
 
 
 @register_model
-def test_magdg_resnet(pretrained: bool = False, **kwargs) -> ResNet:
+def test_magdg_resnet(pretrained: bool = False, **kwargs) -> nn.Module:
     """timm's tiny `test_resnet` (under 0.5 M parameters), for tests."""
     args = dict(
         block=[BasicBlock, BasicBlock, Bottleneck, BasicBlock],

@@ -46,16 +46,20 @@ class VectorClassifier(nn.Module):
         self.std.copy_(torch.from_numpy(std))
 
     def get_classifier(self) -> nn.Module:
+        """The layer behind the features, as timm has it."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replaces the classifier, as timm does; of 0 classes it is the identity."""
         self.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
     def forward_features(self, x: Tensor) -> Tensor:
+        """Features (b, num_features) of vectors (b, width)."""
         return self.hidden((x - self.mean) / self.std)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Class logits of features; with `pre_logits` the features."""
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -165,10 +165,11 @@ def _charts_figure(classifier: Classifier, row: dict, curve: tuple[np.ndarray, n
         left.set_xticks(curve[0], [f"{each:.2g}" for each in curve[0]], minor=False)
         left.set_xticks([], minor=True)
         left.set_title("this image at other scales", fontsize=10)
+    projector = classifier.projector
     values = row["signature"] or []
     right.bar(range(len(values)), values, color=["#d95f0e" if value > 0 else "#2c7fb8" for value in values])
     right.axhline(0, color="0.5", lw=0.8)
-    names = classifier.projector.indices.tolist() if values else []
+    names = projector.indices.tolist() if projector and values else []
     right.set_xticks(range(len(names)), names, rotation=90 if len(names) > 8 else 0, fontsize=8)
     right.set(xlabel="dimension of the embedding", ylabel="standard deviations")
     right.set_title("signature" if values else "this model has no signature", fontsize=10)

@@ -44,7 +44,7 @@ def _run_onnx(path: Path) -> Runner:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options, providers=onnxruntime.get_available_providers())
-    return lambda tiles: session.run(None, {"images": tiles})
+    return lambda tiles: [np.asarray(output) for output in session.run(None, {"images": tiles})]
 
 
 def _run_openvino(path: Path) -> Runner:
@@ -173,7 +173,7 @@ class Classifier:
         """
         loaded: list[Loaded] = []
 
-        def shown(pool: ThreadPoolExecutor) -> Iterator[np.ndarray]:
+        def shown(pool: ThreadPoolExecutor) -> Iterator[np.ndarray | list]:
             for image in ahead(pool, lambda item: self.load(item, view), items, 2 * workers):
                 loaded.append(image)
                 pieces = [] if image.view is None else tiles(image.view.pixels, self.size)

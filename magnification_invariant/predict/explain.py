@@ -69,7 +69,7 @@ def draw(axis, picture: np.ndarray, heat: np.ndarray | None = None, bound: float
     if heat is None:
         axis.imshow(picture)
         return
-    bound = bound or np.percentile(np.abs(heat), 99) or 1.0
+    bound = float(bound or np.percentile(np.abs(heat), 99)) or 1.0
     axis.imshow(0.5 + 0.5 * np.repeat(picture.mean(2, keepdims=True), 3, 2) / 255)
     axis.imshow(heat, cmap="PuOr_r", vmin=-bound, vmax=bound, alpha=0.8 * np.clip(np.abs(heat) / bound, 0, 1))
 

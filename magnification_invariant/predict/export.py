@@ -104,6 +104,7 @@ def _write(classifier: Classifier, path: Path) -> None:
         dynamo=True,
         verbose=False,
     )
+    assert program is not None  # with dynamo, an ONNXProgram
     program.save(path, external_data=False)
 
 

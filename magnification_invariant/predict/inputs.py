@@ -185,7 +185,7 @@ def scale_of(image: Any) -> StatedScale:
     if path and os.path.isfile(path):
         return stated_scale(path)
     files = (getattr(image, name, None) for name in ("fp", "_fp"))  # the second outlives the decoding
-    file = next((file for file in files if hasattr(file, "seek") and not file.closed), None)
+    file = next((file for file in files if file is not None and hasattr(file, "seek") and not file.closed), None)
     return stated_scale(file) if file else StatedScale(None)
 
 

@@ -20,6 +20,7 @@ from magnification_invariant.data.images import EncodedImages
 from magnification_invariant.files import locked, whole
 from magnification_invariant.predict.classifier import Classifier
 from magnification_invariant.predict.inputs import Item, items_of
+from magnification_invariant.signatures import SignatureProjector
 
 FILE = "signatures.parquet"
 CASE = ("filename", "patient", "label", "subtype", "magnification", "domain", "mpp")  # what of a table is kept
@@ -33,11 +34,11 @@ def unit(signatures: ArrayLike) -> np.ndarray:
     return np.pad(x, ((0, 0), (0, -x.shape[1] % 8)))
 
 
-def _signed(classifier: Classifier) -> Classifier:
+def _projector(classifier: Classifier) -> SignatureProjector:
     if classifier.projector is None or not len(classifier.projector.indices):
         what = "has no signature" if classifier.projector is None else "has an empty signature"
         raise ValueError(f"the model {classifier.folder} {what}: cases cannot be compared by it; choose another model")
-    return classifier
+    return classifier.projector
 
 
 def build_index(classifier: Classifier, ds, folder: str | Path) -> Path:
@@ -56,7 +57,7 @@ def build_index(classifier: Classifier, ds, folder: str | Path) -> Path:
         ValueError: The model has no signature, or an image cannot be predicted.
         Busy: Another process writes there.
     """
-    projector, folder = _signed(classifier).projector, Path(folder)
+    projector, folder = _projector(classifier), Path(folder)
     size, images = len(projector.indices), EncodedImages(ds)
     columns = {name: ds[name][:] for name in CASE if name in ds.column_names}
     if hasattr(ds.features.get("label"), "int2str"):
@@ -204,7 +205,7 @@ def similar_cases(
     Raises:
         ValueError: The model is not the one that made the index, or the image cannot be predicted.
     """
-    if _signed(classifier).projector.weights_sha256 != index.about["weights_sha256"]:
+    if _projector(classifier).weights_sha256 != index.about["weights_sha256"]:
         raise ValueError(f"{classifier.folder} is not (or no longer) the model that made this index; build it again")
     name = Path(image).name
     names = [Path(each).name for each in index.cases["filename"].to_pylist()]

@@ -54,10 +54,12 @@ class Comparison(NamedTuple):
 
     @property
     def where(self) -> str:
+        """Which held-out domain, in words."""
         return "all held-outs" if self.held_out is None else f"{domain_name(self.held_out)} held out"
 
     @property
     def text(self) -> str:
+        """What is compared, in words."""
         return f"{NAMES[self.metric]}, {self.a} - {self.b}, {self.where}"
 
 

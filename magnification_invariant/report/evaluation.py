@@ -200,8 +200,11 @@ def _at(rows: dict, threshold: float) -> tuple[float, float]:
     """Patient-balanced sensitivity and specificity; NaN without the class."""
     weight, called = metrics.patient_weights(rows["patient"]), rows["probability"] >= threshold
     malignant = rows["label"] == 1
-    groups = (malignant, called), (~malignant, ~called)
-    return tuple(weight[g & right].sum() / weight[g].sum() if g.any() else float("nan") for g, right in groups)
+
+    def share(group: np.ndarray, right: np.ndarray) -> float:
+        return weight[group & right].sum() / weight[group].sum() if group.any() else float("nan")
+
+    return share(malignant, called), share(~malignant, ~called)
 
 
 def _threshold(test: dict, val: dict, wanted: float) -> list:

@@ -35,6 +35,7 @@ class Row(NamedTuple):
 
     @property
     def starred(self) -> str:
+        """The title, with a star where a word must be said beside the numbers."""
         return self.title + star(self.runs)
 
     def at(self, held_out: int | str | None) -> "Row":

@@ -147,11 +147,12 @@ def _one_backbone(signed: dict[str, list[Run]]) -> list:
 
 def _halves(kept: list[dict | None]) -> list[str]:
     """How many refits by halves each of these runs keeps, and their agreement; dashes unless all of them have some."""
-    if None in kept:
+    known = [each for each in kept if each is not None]
+    if len(known) < len(kept):
         return ["-"] * 3
-    counts = ", ".join(str(n) for n in sorted({each["subsamples"] for each in kept}))
-    low, high = (_mean([each["nogueira_interval"][end] for each in kept], 2) for end in (0, 1))
-    return [counts, _mean([each["nogueira"] for each in kept], 2), f"[{low}, {high}]"]
+    counts = ", ".join(str(n) for n in sorted({each["subsamples"] for each in known}))
+    low, high = (_mean([each["nogueira_interval"][end] for each in known], 2) for end in (0, 1))
+    return [counts, _mean([each["nogueira"] for each in known], 2), f"[{low}, {high}]"]
 
 
 def _mean(values: Iterable[float | None], digits: int) -> str:

@@ -90,6 +90,8 @@ def points_of(runs: list[Run]) -> dict[tuple[str, str], list[Point]]:
     columns = defaultdict(list)
     for k, run in enumerate(runs):
         table = run.zoom_curves
+        if table is None:
+            raise ValueError(f"{run.folder} has no zoom curves: magdg zoom {run.folder}")
         for name in ("variant", "source", "label", "patient", "cka", "reference"):
             columns[name].append(np.array(table[name].to_pylist()))
         columns["mpp"].append(np.array([float(f"{mpp:.5g}") for mpp in table["mpp"].to_pylist()]))

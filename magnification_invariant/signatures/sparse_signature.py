@@ -174,10 +174,10 @@ class SparseSignature(ClassifierMixin, OneToOneFeatureMixin, TransformerMixin, B
 
     def _known(self, X: ArrayLike, y: ArrayLike, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Checked rows of other patients, and their class indices."""
-        X, y = validate_data(self, X, y, dtype=np.float64, reset=False)
+        rows, y = validate_data(self, X, y, dtype=np.float64, reset=False)
         if not np.isin(y, self.classes_).all():
             raise ValueError(f"{name} holds labels that training has not: {np.setdiff1d(y, self.classes_).tolist()}")
-        return X, np.searchsorted(self.classes_, y)
+        return np.asarray(rows), np.searchsorted(self.classes_, y)
 
     def _cross_validate(self, X: np.ndarray, codes: np.ndarray, patients: np.ndarray) -> np.ndarray:
         """Log-loss of each patient at each penalty, (patients, L), from a path that has not seen the patient."""
@@ -219,7 +219,7 @@ class SparseSignature(ClassifierMixin, OneToOneFeatureMixin, TransformerMixin, B
 
     def get_feature_names_out(self, input_features: ArrayLike | None = None) -> np.ndarray:
         """Names of the chosen dimensions, (k,): of the training data frame, of `input_features`, or x0, x1, ..."""
-        return super().get_feature_names_out(input_features)[self.signature_]
+        return np.asarray(super().get_feature_names_out(input_features))[self.signature_]
 
 
 def _scaling(X: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

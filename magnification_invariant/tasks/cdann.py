@@ -1,5 +1,8 @@
-"""Class-conditional domain-adversarial training (Li et al., "Deep Domain Generalization via Conditional Invariant
-Adversarial Networks", ECCV 2018), in DomainBed's form (Gulrajani and Lopez-Paz, ICLR 2021)."""
+"""Class-conditional domain-adversarial training, in DomainBed's form.
+
+Li et al., "Deep Domain Generalization via Conditional Invariant Adversarial Networks", ECCV 2018; Gulrajani and
+Lopez-Paz, ICLR 2021.
+"""
 
 import torch
 import torch.nn.functional as F

@@ -40,7 +40,7 @@ def l2(views: VectorCache, train: Labelled, val: Labelled) -> Predictor:
     scaler = StandardScaler().fit(vectors[train.rows], sample_weight=train.weight)
     x, held_out = scaler.transform(vectors[train.rows]), scaler.transform(vectors[val.rows])
     weight = train.weight * len(train.rows) / train.weight.sum()
-    model, best = LogisticRegression(max_iter=2000, warm_start=True), (np.inf,)
+    model, best = LogisticRegression(max_iter=2000, warm_start=True), (np.inf, None, None, None)
     for penalty in sorted(PENALTIES, reverse=True):
         model.set_params(C=1 / penalty).fit(x, train.label, sample_weight=weight)
         score = model.decision_function(held_out)

@@ -11,7 +11,9 @@ from magnification_invariant.tasks.task import Player, Task, register
 
 @register("frozen")
 class Frozen(Task):
-    """Multinomial logistic regression with an L2 penalty, on features of a backbone that is never trained::
+    """Multinomial logistic regression with an L2 penalty, on features of a backbone that is never trained.
+
+    ::
 
         L = CE(W z + b, y) + head_l2 / 2 ||W||^2
 

@@ -82,6 +82,7 @@ class Task(nn.Module):
 
     @property
     def players(self) -> list[Player]:
+        """Who trains, in the order of their turns; here the whole model."""
         return [Player("model", [list(self.model.parameters())])]
 
     def prepare(

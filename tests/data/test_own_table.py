@@ -441,11 +441,11 @@ def test_what_was_rescaled_is_marked_in_records_and_table(breakhis_tree, tmp_pat
 
 
 @pytest.mark.slow
-def test_the_example_of_the_readme_runs(tmp_path, capsys, monkeypatch):
-    section = (Path(__file__).parents[2] / "README.md").read_text().partition("## Your own domain shift")[2]
-    python, command = re.findall(r"```(?:python|bash)\n(.*?)```", section, re.DOTALL)[:2]
+def test_the_example_of_the_page_runs(tmp_path, capsys, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "your_shift.md").read_text(encoding="utf-8")
+    python, command = re.findall(r"```(?:python|bash)\n(.*?)```", page, re.DOTALL)[:2]
     monkeypatch.chdir(tmp_path)
-    exec(compile(python, "README.md", "exec"), {})
+    exec(compile(python, "your_shift.md", "exec"), {})
     assert main(shlex.split(command.replace("\\\n", ""))[1:]) == 0
     printed = capsys.readouterr().out
     assert "180 images of 30 patients" in printed and re.search(r"\| dann +\| scanner_b \|", printed)
