@@ -39,6 +39,7 @@ class Cell:
         n_folds, split_seed, split: see the flags' help, below.
         fit: how to train; its seed is `seed`.
         options: of the method, an instance of its `Options`; by default with default values.
+        recipe: names the row in tables, where settings were chosen for each held-out domain.
     """
 
     method: str
@@ -55,11 +56,11 @@ class Cell:
     allow_seen_init: bool = option(False, "accept a start that saw the test; marked in every table")
     embedding: str = option("penultimate", "what signatures are made of", choices=("penultimate", "pyramid"))
     mixed_precision: str = option("no", "of training", choices=("no", "bf16", "fp16"))
-    recipe: str | None = option(None, "names the row in tables, where settings are chosen for each held-out domain")
     calibrate: bool = option(True, "fit a temperature on validation patients")
     threads: int = option(1, "CPU threads; results are equal bit for bit only at the same number")
     fit: FitConfig = field(default_factory=FitConfig)
     options: Any = None
+    recipe: str | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "fit", replace(self.fit, seed=self.seed))

@@ -33,7 +33,7 @@ class TwoView(Task):
 
 @register("scale_pairs")
 class ScalePairs(TwoView):
-    """`TwoView` plus ``pair_weight`` times a loss of the pairs, by the option ``pair_loss``:
+    """`TwoView` plus ``pair_weight`` times a loss of the pairs, by the option ``pair_loss``.
 
     - "consistency": half the sum of both Kullback-Leibler divergences between the class probabilities of an image's
       two views, mean over images (R-Drop: Liang et al., NeurIPS 2021, equation 2; two views, not two dropouts);
@@ -58,7 +58,7 @@ class ScalePairs(TwoView):
         pair_negatives: str = option(
             "all", "what infonce tells an image from: all, or own_domain", choices=("all", "own_domain")
         )
-        pair_temperature: float = option(0.2, "of infonce", bounds=(1e-3, 1e3))
+        pair_temperature: float = option(0.2, "of the softmax of infonce", bounds=(1e-3, 1e3))
 
     def forward(self, input, target, domain, progress, player=0):
         if not self.options.pair_weight:
