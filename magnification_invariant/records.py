@@ -49,6 +49,7 @@ class Run:
         folder = Path(folder)
         self.folder = folder.parent if folder.name == "model" and (folder.parent / "config.json").is_file() else folder
         self._columns: dict[str, dict[str, np.ndarray]] = {}  # of `part`, which a report asks for many times
+        self._oracles: dict[str, float] = {}  # by part, which takes long
 
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r})"
@@ -202,8 +203,11 @@ class Run:
 
     def oracle_temperature(self, part: str = "test") -> float:
         """Fitted on the rows it is judged by: what no method may use, and the most that a temperature can give."""
-        p = self.part(part)
-        return metrics.fit_temperature(p["logits"], p["label"], sample_weight=metrics.patient_weights(p["patient"]))
+        if part not in self._oracles:
+            p = self.part(part)
+            weight = metrics.patient_weights(p["patient"])
+            self._oracles[part] = metrics.fit_temperature(p["logits"], p["label"], sample_weight=weight)
+        return self._oracles[part]
 
     def embeddings(self, part: str) -> np.ndarray:
         """(n, width) of a part, in the order of `keys`."""
