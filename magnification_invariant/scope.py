@@ -1,9 +1,10 @@
 """Whether an image is like those that a model was trained on.
 
-A network answers anything: a photograph of a cat too. What tells such an image is how unusual the mean and the spread of
-every channel of an early stage are (`models.embed`; means over the image's tiles, as embeddings are): their Mahalanobis
-distance to the training images, of a covariance shrunk after Ledoit and Wolf (2004). The distances of images of patients
-that were not trained on say what is usual, every patient weighing the same: the threshold is their 99 % quantile.
+A network answers anything, a photograph of a cat too. What tells such an image is how unusual the mean and the spread
+of every channel of an early stage are (`models.embed`; means over the image's tiles, as embeddings are): their
+Mahalanobis distance to the training images, of a covariance shrunk after Ledoit and Wolf (2004). The distances of
+images of patients that were not trained on say what is usual, every patient weighing the same: the threshold is their
+99 % quantile.
 """
 
 from dataclasses import dataclass

@@ -475,9 +475,8 @@ def _scope(job: _Job, model, statistics: dict[str, np.ndarray]) -> tuple[Scope |
         scope = Scope.fit(statistics["train"], statistics["val"], patient[job.split.val], **known)
     except ValueError as error:
         return None, {"why_none": str(error)}
-    rows = {
-        part: job.rows("test" if part == NORMALISED else part) for part in statistics if part not in ("train", "val")
-    }
+    tested = [part for part in statistics if part not in ("train", "val")]
+    rows = {part: job.rows("test" if part == NORMALISED else part) for part in tested}
     return scope, {
         "stage": scope.stage,
         "threshold": scope.threshold,

@@ -94,7 +94,7 @@ def plain_architecture(model: nn.Module | str) -> str:
 def scope_stage(model: nn.Module) -> int | None:
     """The early stage whose statistics say whether an image is like the training's: the second that timm counts.
 
-    Layer 1 of a ResNet (its stem is timm's first), block 2 of a ViT; None of a network that has no stages, as of vectors.
+    Layer 1 of a ResNet (its stem is timm's first), block 2 of a ViT; None of a network without stages, as of vectors.
     """
     return 1 if hasattr(model, "forward_intermediates") and len(model.feature_info) > 1 else None
 

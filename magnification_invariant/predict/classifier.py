@@ -84,8 +84,8 @@ class Classifier:
         projector: the model's `SignatureProjector`, or None.
         scope: the model's `Scope`, or None of a model that has none.
         network: the `engine.Network` of the backend "torch", else None.
-        run: uint8 tiles (n, 3, size, size) to logits, embeddings and, of a model with a scope, the statistics that it is
-            of, by the backend.
+        run: uint8 tiles (n, 3, size, size) to logits, embeddings and, of a model with a scope, the statistics that are
+            looked at for it, by the backend.
     """
 
     def __init__(

@@ -77,8 +77,9 @@ def predict_slides(
 
     A slide's folder holds ``tiles.parquet`` (`TILES`; x, y and width in level-0 pixels), ``tiles.geojson`` for QuPath,
     ``heatmap.png``, ``slide.json`` (its row) and, where h5py is installed, ``embeddings.h5`` (``features`` and
-    ``coords``, as TRIDENT names them). ``out_of_scope`` of a row is a share of its tiles. A run that was cut goes on after the last `SHARD` of tiles that is there; slides
-    that are finished with the same model and settings are skipped. What is wrong with a slide is its ``error``.
+    ``coords``, as TRIDENT names them). ``out_of_scope`` is a share of tiles. A run that was cut goes on after the last
+    `SHARD` of tiles that is there; slides that are finished with the same model and settings are skipped. What is wrong
+    with a slide is its ``error``.
 
     Args:
         paths: of slides.
