@@ -1,6 +1,7 @@
 """What is out of a model's scope: the distance, its threshold, the file, and who asks for them."""
 
 import shutil
+import warnings
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -47,7 +48,9 @@ def scoped(tiny_model, tmp_path_factory):
     run = classifier.run
     classifier.run = lambda tiles: seen.append(outputs := run(tiles)) or outputs
     classifier.batch_size = 2  # one image of 160 x 128 pixels has two tiles
-    classifier.predict([tissue(patient) for patient in range(8)], 0.4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        classifier.predict([tissue(patient) for patient in range(8)], 0.4)
     x = np.array([outputs[2].mean(0) for outputs in seen])
     patients = np.arange(8)
     Scope.fit(x, x, patients, stage=1, weights_sha256=weights_digest(model)).save_pretrained(folder)
@@ -126,7 +129,7 @@ def test_tissue_is_in_and_noise_is_out(scoped, tmp_path, backend):
         export(scoped, model)
     classifier = Classifier.from_pretrained(model, backend=backend, device="cpu")
     noise = np.random.default_rng(0).integers(0, 256, (128, 160, 3), dtype=np.uint8)
-    with pytest.warns(UserWarning, match="out of the model's scope"):
+    with pytest.warns(UserWarning, match="images, first: "):
         *inside, out = classifier.predict([*(tissue(patient) for patient in range(7)), noise], 0.4)
     assert sum(row["in_scope"] for row in inside) >= 6 and not out["in_scope"]
     assert out["scope_percentile"] == 100 and "out of the model's scope" in out["warning"]
