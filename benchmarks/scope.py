@@ -6,7 +6,7 @@
 
 The covariance is that of the images that the weights were trained on, the threshold that of their validation patients,
 both drawn anew (virtual slides are deterministic; the recorded logits are asked whether they are the same). False
-alarms and what is altered are of patients from 10,000 on, or, with `--development`, of 20 from 6,400 on. Early stages
+alarms and what is altered are of patients from 10,000 on, or, with `--development`, of 40 from 6,400 on. Early stages
 and the penultimate layer stand side by side. Images are shown as `Classifier` shows them by default.
 
 Photographs are those that come with scikit-image, scikit-learn and matplotlib. Real images, where they lie beside the
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / "magnification_invariant" / "weights" / "magdg_resnet18.virtual"
 # First patient, patients, images a magnification: as benchmarks/train_virtual.py was run, and of the development.
 COHORTS = {"train": (0, 300, 4), "val": (300, 80, 4), "test": (10_000, 120, 4), "dev": (6_400, 150, 3)}
-DEVELOPMENT = 20  # patients of these, the first
+DEVELOPMENT = 40  # patients of these, the first
 SIZE = (350, 230)
 LAYERS = ("stage 1", "stage 2", "penultimate")
 STAGES = (1, 2)
@@ -251,7 +251,7 @@ def write(rows: dict, fitted: dict, args) -> str:
         f"`python benchmarks/scope.py{' --development' * args.development} --fields {args.fields}`",
         "",
         f"{platform.machine()}, torch {torch.__version__}; `{args.model.name}`, virtual patients from {first:,} on.",
-        "Share of images called out of scope. Thresholds are the patient-balanced 99 % quantile of 80 validation ",
+        "Share of images called out of scope. Thresholds are the patient-balanced 99 % quantile of 80 validation",
         "patients: about 1 % is what is expected of images like theirs, and of a kind that is *not noticed*.",
         "",
         f"| kind | images | {' | '.join(LAYERS)} |",
