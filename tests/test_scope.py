@@ -179,7 +179,7 @@ def test_a_model_without_a_scope_says_nothing_of_it(tiny_model, tmp_path, capsys
     assert (
         main(["predict", str(tmp_path / "0.png"), "--model", str(tiny_model), "--mpp", "0.4", "--out", str(out)]) == 0
     )
-    assert "scope" not in capsys.readouterr().out
+    assert "out of the model" not in capsys.readouterr().out
     assert pq.read_table(out)["in_scope"].to_pylist() == [None]
 
 
