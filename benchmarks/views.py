@@ -54,7 +54,7 @@ def outputs(classifier, ds, rows: np.ndarray, rule: str) -> tuple[np.ndarray, fl
                 rgb = to_rgb(image)
             yield tiles_of(rule, rgb, native[row], classifier.size, classifier.base_range, classifier.mpp_range)
 
-    logits = np.stack([logits for logits, _ in mean_over_tiles(classifier.run, shown(), 32)])
+    logits = np.stack([logits for logits, *_ in mean_over_tiles(classifier.run, shown(), 32)])
     return logits, (time.perf_counter() - started) / len(rows)
 
 

@@ -79,6 +79,8 @@ def _images(args, classifier, items, patients: list[str] | None, state) -> int:
     if summary is None:
         return 0
     print(f"wrote {summary.images} rows to {args.out}")
+    if summary.out_of_scope is not None:
+        print(f"{summary.out_of_scope} of {summary.images} images are out of the model's scope")
     if patients:
         print(f"wrote {summary.patients} patients to {patients_file(args.out)}")
     for what, notes in (("with a warning", summary.warnings), ("FAILED", summary.errors)):

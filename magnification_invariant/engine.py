@@ -116,21 +116,22 @@ class Network(torch.nn.Module):
     Args:
         model: A timm classifier; the mean and std of its own config are part of the graph.
         embedding: See `models.embed`; None for logits alone.
+        stage: Whose statistics are a third output, see `models.embed`; None for none. It needs an embedding.
     """
 
-    def __init__(self, model: torch.nn.Module, embedding: str | None = "penultimate"):
+    def __init__(self, model: torch.nn.Module, embedding: str | None = "penultimate", stage: int | None = None):
         super().__init__()
-        self.model, self.embedding = model, embedding
+        self.model, self.embedding, self.stage = model, embedding, stage
         for name, value in zip(("shift", "scale"), normalisation(model), strict=True):
             self.register_buffer(name, 255 * torch.tensor(value, dtype=torch.float32).view(3, 1, 1), persistent=False)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """uint8 RGB (b, 3, size, size) to logits (b, classes) and, where wanted, embedding (b, width).
+        """uint8 RGB (b, 3, size, size) to logits (b, classes) and, where wanted, embedding (b, width), statistics.
 
         Vectors (b, width), of a model that takes those, go in as they are.
         """
         x = images if images.ndim == 2 else (images.float() - self.shift) / self.scale
-        return embed(self.model, x, self.embedding) if self.embedding else (self.model(x),)
+        return embed(self.model, x, self.embedding, self.stage) if self.embedding else (self.model(x),)
 
     def runner(self) -> Callable[[np.ndarray], list[np.ndarray]]:
         """A function from uint8 tiles (b, 3, size, size) to outputs, float32, on the network's device."""
@@ -333,28 +334,43 @@ def predict(
     embedding: str | None = None,
     accelerator=None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Logits, and on request embeddings, of images: means over the tiles of the view that each is shown in.
-
-    Args:
-        model: on the device that it shall run on; put into eval mode.
-        views: gives of row indices (n,) the uint8 tiles (k, 3, size, size) of each, such as `ViewCache.views`.
-        rows: row indices (n,).
-        batch_size: tiles at a time.
-        embedding: "penultimate" or "pyramid", see `models.embed`; None for logits only.
-        accelerator: its processes share the rows and all get the whole result, in the order of `rows`.
+    """Logits, and on request embeddings, of images; arguments as of `predict_all`.
 
     Returns:
         float32 logits (n, classes) and embeddings (n, width) or None.
     """
-    device = next(model.parameters()).device
+    network = Network(model, embedding)
+    logits, *rest = predict_all(network, views, rows, batch_size=batch_size, accelerator=accelerator)
+    return logits, (rest[0] if rest else None)
+
+
+def predict_all(
+    network: Network,
+    views: Callable[[np.ndarray], Iterable[np.ndarray]],
+    rows: np.ndarray,
+    *,
+    batch_size: int = 64,
+    accelerator=None,
+) -> list[np.ndarray]:
+    """All outputs of a network for images: means over the tiles of the view that each is shown in.
+
+    Args:
+        network: its model is on the device that it shall run on; put into eval mode.
+        views: gives of row indices (n,) the uint8 tiles (k, 3, size, size) of each, such as `ViewCache.views`.
+        rows: row indices (n,).
+        batch_size: tiles at a time.
+        accelerator: its processes share the rows and all get the whole result, in the order of `rows`.
+
+    Returns:
+        float32, (n, ...) each.
+    """
+    device = next(network.model.parameters()).device
     world, rank = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
     each = math.ceil(len(rows) / world)
     # The last process repeats the last row, so that all gather equally many; the surplus is cut off again.
     share = np.asarray(rows, np.int64)[np.minimum(np.arange(rank * each, (rank + 1) * each), len(rows) - 1)]
-    run = Network(model, embedding).to(device).runner()
-    outputs = zip(*mean_over_tiles(run, views(share), batch_size), strict=True)
+    outputs = zip(*mean_over_tiles(network.to(device).runner(), views(share), batch_size), strict=True)
     columns = [torch.from_numpy(np.stack(column).astype(np.float32)).to(device) for column in outputs]
     if accelerator and world > 1:
         columns = [accelerator.gather(column) for column in columns]
-    logits, *rest = [column[: len(rows)].cpu().numpy() for column in columns]
-    return logits, (rest[0] if rest else None)
+    return [column[: len(rows)].cpu().numpy() for column in columns]

@@ -16,7 +16,7 @@ FLOORS = (
     {"models", "data", "metrics"},
     {"records"},
     {"model_folder"},
-    {"tasks", "signatures"},
+    {"tasks", "signatures", "scope"},
     {"engine"},
     {"lomo"},
     {"predict"},

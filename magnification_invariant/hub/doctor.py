@@ -15,7 +15,9 @@ from PIL import Image
 from magnification_invariant.files import read_json
 from magnification_invariant.hub_files import resolve, snapshot
 from magnification_invariant.model_folder import damage_of, load_model, logits_of, open_model
-from magnification_invariant.signatures import SignatureProjector
+from magnification_invariant.scope import FILE as SCOPE_FILE
+from magnification_invariant.scope import Scope
+from magnification_invariant.signatures import SignatureProjector, weights_digest
 
 TOLERANCE = 1e-3  # logits of one float32 network on other processors and versions differ by 1e-5 or so
 PACKAGES = ("magnification-invariant", "torch", "timm", "safetensors", "numpy", "pillow", "huggingface-hub")
@@ -78,6 +80,10 @@ def check_files(folder: Path) -> dict[str, Any]:
         _read(folder, "signature.json", read_json)
         projector = _read(folder, "signature.safetensors", lambda file: SignatureProjector.from_pretrained(folder))
         _read(folder, "signature.safetensors", lambda file: projector.as_module(model), "is another model's")
+    if (folder / SCOPE_FILE).exists():
+        scope = _read(folder, SCOPE_FILE, lambda file: Scope.from_pretrained(folder))
+        if scope.weights_sha256 != weights_digest(model):
+            raise ValueError(f"{folder / SCOPE_FILE} is another model's: fetch it again (git lfs pull, or magdg pull)")
     for file, read in {"results.json": read_json, "predictions.parquet": pq.read_table}.items():
         if (folder / file).exists():
             _read(folder, file, read)

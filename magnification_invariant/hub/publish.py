@@ -22,6 +22,7 @@ from magnification_invariant.report.runs import by_title, difference
 # One repository is one model. Nothing else of a run is published; none of these can run code when it is opened.
 FILES = ("config.json", "model.safetensors", "fixture.png", "fixture.json", "results.json", "predictions.parquet")
 SIGNATURE = ("signature.json", "signature.safetensors")
+SCOPE = ("scope.safetensors",)
 
 
 def publish(source: str | Path, repo: str, **options) -> str:
@@ -72,7 +73,7 @@ def stage(source: str | Path, repo: str, target: Path) -> Path:
     part = tested_part(results)
     with whole(target) as unfinished:
         unfinished.mkdir()
-        for file in (*FILES, *SIGNATURE):
+        for file in (*FILES, *SIGNATURE, *SCOPE):
             if (run.model / file).is_file():
                 shutil.copyfile(run.model / file, unfinished / file)  # with the rights of a new file
         write_json(unfinished / "results.json", results)

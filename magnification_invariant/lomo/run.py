@@ -29,11 +29,12 @@ from magnification_invariant.data.splits import (
 )
 from magnification_invariant.data.vectors import VectorCache, is_of_vectors
 from magnification_invariant.data.views import CROP_PCT, DRAWS, cache_height, field_mpp, random_view, view_mpp
-from magnification_invariant.engine import Diverged, TrainRows, fit, normalisation, predict
+from magnification_invariant.engine import Diverged, Network, TrainRows, fit, normalisation, predict_all
 from magnification_invariant.files import locked, read_json, remove_unfinished, write_json
 from magnification_invariant.lomo.cell import Cell, is_finished
 from magnification_invariant.lomo.embedded import check_cell
 from magnification_invariant.model_folder import find_start, load_start, source_name, write_model_folder
+from magnification_invariant.models import scope_stage
 from magnification_invariant.records import (
     KEYS,
     NORMALISED,
@@ -43,6 +44,7 @@ from magnification_invariant.records import (
     prediction_table,
     scores,
 )
+from magnification_invariant.scope import Scope
 from magnification_invariant.signatures import SignatureProjector, SparseSignature, refit_stability, weights_digest
 from magnification_invariant.signatures.sparse_signature import NothingToSelect
 from magnification_invariant.tasks import Task, get_task
@@ -252,17 +254,21 @@ def _run_network(job: _Job, config: dict, half: bool) -> None:
     checkpoint = run.folder / "checkpoint.pt"
     options = {"accelerator": job.accelerator, "checkpoint": checkpoint, "on_epoch": on_epoch}
     model = fit(task, cache, rows, cell.fit, **options, description=cell.name)
-    outputs = {part: _predicted(job, model, part, cell.embedding) for part in ("train", *job.parts)}
-    if not all(np.isfinite(logits).all() for logits, _ in outputs.values()):
+    network = Network(model, cell.embedding, scope_stage(model))
+    outputs = {part: _predicted(job, network, part) for part in ("train", *job.parts)}
+    if not all(np.isfinite(logits).all() for logits, *_ in outputs.values()):
         raise Diverged("the trained model predicts what is not a finite number")
     if main:
-        normalised, why_none = _normalised(job, model, outputs.get("test", [None])[0])
+        normalised, shown_otherwise = _normalised(job, network, outputs.get("test", []))
         results = {"rescaled": _rescaled(job), "mpp_range": job.mpp_range, "base_range": job.base_range, **prepared}
-        results |= {"normalised_why_none": why_none} if why_none else {}
+        if isinstance(shown_otherwise, str):
+            results["normalised_why_none"] = shown_otherwise
+        else:
+            outputs[NORMALISED] = shown_otherwise
         last = cell.fit.epochs - 1
         tables = [job.records(part, last, outputs[part][0]) for part in job.parts]
         run.write_predictions(pa.concat_tables([*tables, *([normalised] if normalised is not None else [])]))
-        _record(job, model, {part: embedding for part, (_, embedding) in outputs.items()}, results)
+        _record(job, model, outputs, results)
         seconds = time.perf_counter() - started
         run.write_timing(prepare_seconds=prepare_seconds, seconds=seconds)
         write_json(run.model / "results.json", results | {"record": run.config, "seconds": seconds})
@@ -273,13 +279,18 @@ def _run_network(job: _Job, config: dict, half: bool) -> None:
         run.write_results(results)
 
 
-def _predicted(job: _Job, model, part: str, embedding: str | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+def _predicted(job: _Job, network: Network, part: str) -> list[np.ndarray]:
     batch = {} if job.image_size else {"batch_size": 1024}  # a vector is a small tile
-    return predict(model, job.views.views, job.rows(part), embedding=embedding, accelerator=job.accelerator, **batch)
+    return predict_all(network, job.views.views, job.rows(part), accelerator=job.accelerator, **batch)
 
 
-def _normalised(job: _Job, model, logits: np.ndarray | None) -> tuple[pa.Table | None, str | None]:
-    """Predictions of the unseen domain in the normalised view, or why there are none. `logits` are the protocol's."""
+def _normalised(
+    job: _Job, network: Network, outputs: list[np.ndarray]
+) -> tuple[pa.Table, list[np.ndarray]] | tuple[None, str]:
+    """Predictions and outputs of the unseen domain in the normalised view, or why there are none.
+
+    `outputs` are the protocol view's.
+    """
     rows, views, size = job.split.test, job.views, job.cell.fit.image_size
     if isinstance(views, VectorCache):
         return None, "embeddings were made in one view"
@@ -292,7 +303,7 @@ def _normalised(job: _Job, model, logits: np.ndarray | None) -> tuple[pa.Table |
     changed = np.flatnonzero(~np.isclose(mpp, views.mpp[rows], rtol=1e-9))
     columns = {name: job.columns[name][rows].copy() for name in ("filled", "tiles")}
     if len(changed):
-        logits = logits.copy()
+        outputs = [output.copy() for output in outputs]
 
         def shown(places: np.ndarray):
             views_of = decoded_views(job.ds, rows[places], mpp[places], size)
@@ -301,15 +312,16 @@ def _normalised(job: _Job, model, logits: np.ndarray | None) -> tuple[pa.Table |
                 yield view.tiles
 
         try:
-            logits[changed] = predict(model, shown, changed)[0]
+            for output, new in zip(outputs, predict_all(network, shown, changed), strict=True):
+                output[changed] = new
         except ValueError as error:  # the field is too small at every scale that was trained on
             return None, str(error)
-    return job.records(NORMALISED, job.cell.fit.epochs - 1, logits, mpp=mpp, **columns), None
+    return job.records(NORMALISED, job.cell.fit.epochs - 1, outputs[0], mpp=mpp, **columns), outputs
 
 
-def _record(job: _Job, model, embeddings: dict, results: dict) -> None:
-    """Writes losses, embeddings and the model; adds temperature, metrics and signature to `results`."""
-    run = job.run
+def _record(job: _Job, model, outputs: dict[str, list[np.ndarray]], results: dict) -> None:
+    """Writes losses, embeddings and the model; adds temperature, metrics, signature and scope to `results`."""
+    run, embeddings = job.run, {part: outputs[part][1] for part in ("train", *job.parts)}
     for epochs, stage in (("epochs", "metrics"), ("prepare", "prepare")):
         if losses := [read_json(path) for path in sorted((run.folder / epochs).glob("*.json"))]:
             run.write_losses(losses, stage)
@@ -322,7 +334,9 @@ def _record(job: _Job, model, embeddings: dict, results: dict) -> None:
     signature, results["signature"] = _signature(embeddings, job.split, job.columns)
     results["parts"] = evaluate(run, results["temperature"])
     results["uncalibrated"] = evaluate(run, 1.0)
-    _write_model(job, model, results, signature)
+    statistics = {part: each[2] for part, each in outputs.items() if len(each) > 2}
+    scope, results["scope"] = _scope(job, model, statistics)
+    _write_model(job, model, results, signature, scope)
 
 
 def _write_epoch(folder: Path, epoch: int, log: dict) -> None:
@@ -448,6 +462,29 @@ def _new_signature(embeddings: dict, split: Split, columns: dict) -> tuple[Spars
     }
 
 
+def _scope(job: _Job, model, statistics: dict[str, np.ndarray]) -> tuple[Scope | None, dict]:
+    """What is usual for the model, and how often tested images are called unusual; see `scope`.
+
+    The validation patients set the threshold. A network without stages, or one that has collapsed, has no scope.
+    """
+    if not statistics:
+        return None, {"why_none": "it is of images, and this is a model of embeddings"}
+    patient = job.columns["patient"]
+    known = {"stage": scope_stage(model), "weights_sha256": weights_digest(model)}
+    try:
+        scope = Scope.fit(statistics["train"], statistics["val"], patient[job.split.val], **known)
+    except ValueError as error:
+        return None, {"why_none": str(error)}
+    tested = [part for part in statistics if part not in ("train", "val")]
+    rows = {part: job.rows("test" if part == NORMALISED else part) for part in tested}
+    return scope, {
+        "stage": scope.stage,
+        "threshold": scope.threshold,
+        "patients": len(np.unique(patient[job.split.val])),
+        "false_alarms": {part: scope.share_out(statistics[part], patient[of]) for part, of in rows.items()},
+    }
+
+
 def _model_name(job: _Job, source: str) -> str:
     arch = job.cell.architecture
     name = f"{arch}.{source}_{job.cell.held_out_name}" if len(job.split.test) else f"{arch}.{source}"
@@ -456,7 +493,7 @@ def _model_name(job: _Job, source: str) -> str:
     return name.replace("/", "_").replace(":", "_") + "_zoom" * (job.cell.fit.zoom > 1)
 
 
-def _write_model(job: _Job, model, results: dict, signature: SparseSignature | None) -> None:
+def _write_model(job: _Job, model, results: dict, signature: SparseSignature | None, scope: Scope | None) -> None:
     cell, split, columns = job.cell, job.split, job.columns
     source, labels = source_name(job.ds), job.ds.features["label"].names
     name, trained = _model_name(job, source), np.concatenate([split.train, split.val])
@@ -487,4 +524,6 @@ def _write_model(job: _Job, model, results: dict, signature: SparseSignature | N
         known["stability"] = {k: v for k, v in results["signature"].items() if k not in ("test", "curve")}
         projector = SignatureProjector.from_signature(signature, **known, weights_sha256=weights_digest(model))
         projector.save_pretrained(target)
+    if scope is not None:
+        scope.save_pretrained(target)
     shutil.copy(job.run.folder / "predictions.parquet", target)

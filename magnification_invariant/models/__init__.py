@@ -8,9 +8,16 @@ from magnification_invariant.models.domain_head import (
     pooled_features,
 )
 from magnification_invariant.models.grad_reverse import dann_coeff, grad_reverse
-from magnification_invariant.models.magdg import HUB_NAMESPACE, PACKAGED, embed, head_prefixes, plain_architecture
+from magnification_invariant.models.magdg import (
+    HUB_NAMESPACE,
+    PACKAGED,
+    embed,
+    head_prefixes,
+    plain_architecture,
+    scope_stage,
+)
 from magnification_invariant.models.vectors import VECTOR_MODELS
 
-__all__ = ["HUB_NAMESPACE", "PACKAGED", "VECTOR_MODELS", "embed", "head_prefixes", "plain_architecture"]
+__all__ = ["HUB_NAMESPACE", "PACKAGED", "VECTOR_MODELS", "embed", "head_prefixes", "plain_architecture", "scope_stage"]
 __all__ += ["add_domain_head", "forward_domains", "forward_heads", "linear_classifier", "pooled_features"]
 __all__ += ["dann_coeff", "grad_reverse"]

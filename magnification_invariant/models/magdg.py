@@ -91,8 +91,16 @@ def plain_architecture(model: nn.Module | str) -> str:
     return _PLAIN.get(arch, arch)
 
 
-def embed(model: nn.Module, x: Tensor, kind: str = "penultimate") -> tuple[Tensor, Tensor]:
-    """Logits and an embedding of the same images from one pass through the network.
+def scope_stage(model: nn.Module) -> int | None:
+    """The early stage whose statistics say whether an image is like the training's: the second that timm counts.
+
+    Layer 1 of a ResNet (its stem is timm's first), block 2 of a ViT; None of a network without stages, as of vectors.
+    """
+    return 1 if hasattr(model, "forward_intermediates") and len(model.feature_info) > 1 else None
+
+
+def embed(model: nn.Module, x: Tensor, kind: str = "penultimate", stage: int | None = None) -> tuple[Tensor, ...]:
+    """Logits and an embedding of the same images from one pass through the network, and statistics of a stage.
 
     Args:
         model: A timm classifier, in the mode (train or eval) that the caller has set; not wrapped.
@@ -100,22 +108,34 @@ def embed(model: nn.Module, x: Tensor, kind: str = "penultimate") -> tuple[Tenso
         kind: "penultimate" for the pooled features that the classifier reads, (B, 512) for a ResNet-18; "pyramid" for
             the spatial average and maximum of the last four stages, in the order avg 1, max 1, ..., avg 4, max 4,
             which is (B, 1920) for a ResNet-18 (twice 64 + 128 + 256 + 512).
+        stage: As timm's `forward_intermediates` counts; None for no statistics.
 
     Returns:
-        `(logits, embedding)`: what `model(x)` gives, and the embedding in the same dtype.
+        `(logits, embedding)`: what `model(x)` gives, and the embedding in the same dtype; with a `stage` of C channels
+        also (B, 2 C): the mean of every channel over the pixels, then the standard deviation of every channel.
 
     Raises:
         ValueError: If `kind` is another.
     """
-    if kind == "penultimate":
-        pooled = embedding = pooled_features(model, x)
-    elif kind == "pyramid":
-        x, stages = model.forward_intermediates(x, indices=4)  # the last four; a ResNet's stem is left out
-        pooled = model.forward_head(x, pre_logits=True)
-        embedding = torch.cat([pool for stage in stages for pool in (stage.mean((2, 3)), stage.amax((2, 3)))], dim=1)
-    else:
+    if kind not in ("penultimate", "pyramid"):
         raise ValueError(f"Unknown kind of embedding {kind!r}: use 'penultimate' or 'pyramid'.")
-    return model.get_classifier()(pooled), embedding
+    if kind == "penultimate" and stage is None:
+        pooled = embedding = pooled_features(model, x)
+        return model.get_classifier()(pooled), embedding
+    n = len(model.feature_info)
+    last = list(range(n - 4, n)) if kind == "pyramid" else []  # a ResNet's stem is left out
+    indices = sorted({*last, *([] if stage is None else [stage])})
+    x, maps = model.forward_intermediates(x, indices=indices)
+    maps = dict(zip(indices, maps, strict=True))
+    pooled = embedding = model.forward_head(x, pre_logits=True)
+    if last:
+        pools = [pool for index in last for pool in (maps[index].mean((2, 3)), maps[index].amax((2, 3)))]
+        embedding = torch.cat(pools, dim=1)
+    outputs = model.get_classifier()(pooled), embedding
+    if stage is None:
+        return outputs
+    variance, mean = torch.var_mean(maps[stage], (2, 3), correction=0)
+    return *outputs, torch.cat([mean, variance.sqrt()], dim=1)
 
 
 def _cfg(**kwargs) -> dict:

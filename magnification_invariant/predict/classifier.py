@@ -29,13 +29,17 @@ from magnification_invariant.engine import Network
 from magnification_invariant.model_folder import load_model, open_model
 from magnification_invariant.predict.inputs import Item, items_of, open_item, pillow_warnings, scale_of
 from magnification_invariant.records import OUT_OF_FOLD, POSITIVE, Run
+from magnification_invariant.scope import FILE as SCOPE_FILE
+from magnification_invariant.scope import Scope
 from magnification_invariant.signatures import SignatureProjector
 
 BACKENDS = ("torch", "onnx", "openvino")
 ONNX_FILE = "model.onnx"
+OUT_OF_SCOPE = "it is out of the model's scope: unlike what the model was trained on, whatever the answer says"
 COLUMNS = ("filename", "width", "height", "native_mpp", "mpp", "apparent_mpp", "tiles", "filled", "logits")
-COLUMNS += ("probability", "prediction", "signature", "embedding", "warning", "error")
-Runner = Callable[[np.ndarray], Sequence[np.ndarray]]  # uint8 tiles (n, 3, size, size) to logits and embeddings
+COLUMNS += ("probability", "prediction", "signature", "embedding", "in_scope", "scope_percentile")
+COLUMNS += ("warning", "error")
+Runner = Callable[[np.ndarray], Sequence[np.ndarray]]  # uint8 tiles (n, 3, size, size) to logits, embeddings, ...
 
 
 def _run_onnx(path: Path) -> Runner:
@@ -78,13 +82,18 @@ class Classifier:
         mpp_range: um/px that it was shown in training, zoom included; None as `base_range`.
         temperature: what logits are divided by before the softmax; fitted on validation patients.
         projector: the model's `SignatureProjector`, or None.
+        scope: the model's `Scope`, or None of a model that has none.
         network: the `engine.Network` of the backend "torch", else None.
-        run: uint8 tiles (n, 3, size, size) to logits and embeddings, by the backend.
+        run: uint8 tiles (n, 3, size, size) to logits, embeddings and, of a model with a scope, the statistics that are
+            looked at for it, by the backend.
     """
 
-    def __init__(self, folder: Path, config: dict, run: Runner, *, network=None, projector=None, batch_size: int = 32):
+    def __init__(
+        self, folder: Path, config: dict, run: Runner, *, network=None, projector=None, scope=None, batch_size: int = 32
+    ):
         self.folder, self.config, self.run, self.network = Path(folder), config, run, network
-        self.projector, self.batch_size, self.source = projector, batch_size, str(self.folder.resolve())
+        self.projector, self.scope, self.batch_size = projector, scope, batch_size
+        self.source = str(self.folder.resolve())
         self.labels, self.temperature = config["label_names"], config["temperature"]
         self.size = config["pretrained_cfg"]["input_size"][-1]
         self.base_range, self.mpp_range = config.get("base_range"), config.get("mpp_range")
@@ -115,12 +124,14 @@ class Classifier:
         if backend not in BACKENDS:
             raise ValueError(f"unknown backend {backend!r}; choose from {', '.join(BACKENDS)}")
         folder, config = open_model(str(repo_or_folder), revision)
-        network, projector = None, None
+        network, projector, scope = None, None, None
         if any((folder / f"signature.{kind}").is_file() for kind in ("json", "safetensors")):
             projector = SignatureProjector.from_pretrained(folder)
+        if (folder / SCOPE_FILE).is_file():
+            scope = Scope.from_pretrained(folder)
         if backend == "torch":
             model = load_model(folder, config)
-            network = Network(model, projector.embedding if projector else "penultimate")
+            network = Network(model, projector.embedding if projector else "penultimate", scope and scope.stage)
             run = network.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).runner()
         elif (folder / ONNX_FILE).is_file():
             run = (_run_onnx if backend == "onnx" else _run_openvino)(folder / ONNX_FILE)
@@ -129,7 +140,8 @@ class Classifier:
                 f"{folder} holds no {ONNX_FILE}: `magdg export {repo_or_folder} --out FOLDER` writes one: name FOLDER "
                 "as the model"
             )
-        classifier = cls(folder, config, run, network=network, projector=projector, batch_size=batch_size)
+        parts = {"network": network, "projector": projector, "scope": scope}
+        classifier = cls(folder, config, run, batch_size=batch_size, **parts)
         if not Path(repo_or_folder).expanduser().is_dir():
             classifier.source = str(repo_or_folder)
         return classifier
@@ -169,7 +181,8 @@ class Classifier:
             A dict an image: ``filename``; ``width``, ``height`` and ``native_mpp`` as stored; ``mpp`` at the network's
             input; ``apparent_mpp`` (see `data.apparent_scale`); ``tiles``; ``filled``, the share of them that continues
             the image by reflection; ``logits`` (mean over tiles); the calibrated ``probability`` of the positive class;
-            ``prediction``; ``signature`` and ``embedding``; ``warning``; ``error``. What does not exist is None.
+            ``prediction``; ``signature`` and ``embedding``; ``in_scope`` and ``scope_percentile`` (see `scope`);
+            ``warning``; ``error``. What does not exist is None.
         """
         loaded: list[Loaded] = []
 
@@ -268,12 +281,18 @@ class Classifier:
 
     def _finished(self, row: dict, outputs: list[np.ndarray]) -> dict:
         if not row["error"]:
-            logits, embedding = outputs
+            logits, embedding, *statistics = outputs
             probability = metrics.apply_temperature(logits[None], self.temperature)[0]
             row |= {"logits": logits.tolist(), "probability": float(probability[POSITIVE]), "embedding": embedding}
             row["prediction"] = self.labels[int(logits.argmax())]
             if self.projector:
                 row["signature"] = self.projector.transform(embedding[None])[0].tolist()
+            if self.scope and statistics:  # an older model.onnx has none
+                distance = self.scope.distance(statistics[0][None])[0]
+                row["in_scope"] = bool(distance <= self.scope.threshold)
+                row["scope_percentile"] = float(self.scope.percentile(distance))
+                if not row["in_scope"]:
+                    row["warning"] = "; ".join(filter(None, (row["warning"], OUT_OF_SCOPE)))
         return row
 
     def zoom_scales(self, image: Image.Image, native: float, n: int) -> list[float]:

@@ -10,6 +10,7 @@ import torch
 
 from magnification_invariant import metrics
 from magnification_invariant.data.views import tiles
+from magnification_invariant.engine import Network
 from magnification_invariant.files import whole
 from magnification_invariant.predict.classifier import ONNX_FILE, Classifier
 from magnification_invariant.predict.inputs import Item
@@ -22,6 +23,7 @@ _CARRIED = (
     "config.json",
     "signature.json",
     "signature.safetensors",
+    "scope.safetensors",
     "predictions.parquet",
     "results.json",
     "README.md",
@@ -50,6 +52,9 @@ def export(
 ) -> Exported:
     """Writes ``model.onnx``: uint8 RGB ``images`` (batch, 3, size, size), any batch, to ``logits`` and ``embedding``.
 
+    Of a model with a scope the statistics that it is of are a third output, ``statistics``; an 8-bit file has none,
+    because 8 bits change them: what it predicts has no ``in_scope``.
+
     Args:
         repo_or_folder: see `Classifier.from_pretrained`.
         out: folder to write to, which becomes a model folder for the backends "onnx" and "openvino"; by default the
@@ -71,14 +76,18 @@ def export(
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".export-") as folder:
         exact, small = Path(folder, "exact.onnx"), Path(folder, "small.onnx")
-        _write(classifier, exact)
+        _write(classifier.network, size, exact)
         logits = np.concatenate([classifier.run(part)[0] for part in _batches(pieces)])
         error = float(np.abs(_logits(exact, pieces) - logits).max() / np.abs(logits).max())
         if error > TOLERANCE:
             raise RuntimeError(f"the exported logits differ from PyTorch's by {error:.2g} of the largest")
         change, keep = None, exact
         if calibration is not None:
-            _quantise(exact, small, pieces[::2])
+            plain = exact
+            if classifier.network.stage is not None:
+                plain = Path(folder, "plain.onnx")
+                _write(Network(classifier.network.model, classifier.network.embedding).eval(), size, plain)
+            _quantise(plain, small, pieces[::2])
             before, after = (
                 metrics.apply_temperature(each, classifier.temperature)[:, POSITIVE]
                 for each in (logits[1::2], _logits(small, pieces[1::2]))
@@ -93,13 +102,13 @@ def export(
     return Exported(out / ONNX_FILE, error, change, keep is small)
 
 
-def _write(classifier: Classifier, path: Path) -> None:
-    example = torch.zeros(2, 3, classifier.size, classifier.size, dtype=torch.uint8)
+def _write(network: Network, size: int, path: Path) -> None:
+    example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
     program = torch.onnx.export(
-        classifier.network,
+        network,
         (example,),
         input_names=["images"],
-        output_names=["logits", "embedding"],
+        output_names=["logits", "embedding", "statistics"][: 2 if network.stage is None else 3],
         dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}},
         dynamo=True,
         verbose=False,

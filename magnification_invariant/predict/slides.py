@@ -45,10 +45,12 @@ if TYPE_CHECKING:
     from magnification_invariant.predict.classifier import Classifier
 
 SHARD = 512  # tiles; what a cut run loses at most
+MUCH = 0.1  # share of tiles out of scope that is worth a warning: 0.01 are, of what a model knows
 COLOURS = ((94, 60, 153), (230, 97, 1))  # of the negative and the positive class, as in the maps of `explain`
-ROW = ("slide", "mpp", "at", "tiles", "tissue", "probability", "prediction", "warning", "error")
+ROW = ("slide", "mpp", "at", "tiles", "tissue", "probability", "prediction", "out_of_scope", "warning", "error")
 
-_NAMES = ("mpp", "apparent_mpp", "logits", "probability", "prediction", "signature")
+_NAMES = ("mpp", "apparent_mpp", "logits", "probability", "prediction", "signature", "in_scope")
+_NAMES += ("scope_percentile",)
 _PLACE = {"x": pa.int64(), "y": pa.int64(), "width": pa.int64(), "tissue": pa.float64()}
 TILES = pa.schema(_PLACE | {name: SCHEMA.field(name).type for name in _NAMES})
 _SHARD = TILES.append(pa.field("embedding", pa.list_(pa.float32())))
@@ -75,8 +77,9 @@ def predict_slides(
 
     A slide's folder holds ``tiles.parquet`` (`TILES`; x, y and width in level-0 pixels), ``tiles.geojson`` for QuPath,
     ``heatmap.png``, ``slide.json`` (its row) and, where h5py is installed, ``embeddings.h5`` (``features`` and
-    ``coords``, as TRIDENT names them). A run that was cut goes on after the last `SHARD` of tiles that is there; slides
-    that are finished with the same model and settings are skipped. What is wrong with a slide is its ``error``.
+    ``coords``, as TRIDENT names them). ``out_of_scope`` is a share of tiles. A run that was cut goes on after the last
+    `SHARD` of tiles that is there; slides that are finished with the same model and settings are skipped. What is wrong
+    with a slide is its ``error``.
 
     Args:
         paths: of slides.
@@ -213,7 +216,9 @@ def _write(
     with whole(folder / "tiles.parquet") as unfinished, pq.ParquetWriter(unfinished, TILES) as writer:
         for shard in shards:
             writer.write_table(pq.read_table(shard, columns=TILES.names))
-    tiles = pq.read_table(folder / "tiles.parquet", columns=["x", "y", "width", "apparent_mpp", *_NAMES[2:5]])
+    tiles = pq.read_table(
+        folder / "tiles.parquet", columns=["x", "y", "width", "apparent_mpp", "in_scope", *_NAMES[2:5]]
+    )
     if find_spec("h5py"):  # an extra: "wsi"
         _write_embeddings(classifier, slide, grid, shards, folder)
     _write_geojson(classifier, tiles, folder / "tiles.geojson")
@@ -223,8 +228,13 @@ def _write(
     looks = float(np.median(apparent)) / grid.step if apparent else None  # of the finest level
     notes = [*slide.notes, *classifier.doubts({"apparent_mpp": looks, "filled": 0}, slide.mpp)]
     notes += classifier.doubts({"apparent_mpp": None, "filled": 0}, grid.mpp)
+    known = [each for each in tiles["in_scope"].to_pylist() if each is not None]
+    out_of_scope = known.count(False) / len(known) if known else None
+    if known and out_of_scope > MUCH:
+        notes.append(f"{out_of_scope:.0%} of its tiles are out of the model's scope")
     return {
         "tiles": len(tiles),
+        "out_of_scope": out_of_scope,
         "probability": float(metrics.apply_temperature(logits[None], classifier.temperature)[0, POSITIVE]),
         "prediction": classifier.labels[int(logits.argmax())],
         "warning": "; ".join(dict.fromkeys(notes)) or None,

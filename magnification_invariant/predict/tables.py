@@ -41,6 +41,8 @@ SCHEMA = pa.schema(
         "probability": _REAL,
         "prediction": _TEXT,
         "signature": _REALS,
+        "in_scope": pa.bool_(),
+        "scope_percentile": _REAL,
         "warning": _TEXT,
         "error": _TEXT,
     }
@@ -54,9 +56,13 @@ PATIENTS = pa.schema(
 
 @dataclass
 class Summary:
-    """What came of a run: images in all, and (name, text) of those with an error or a warning."""
+    """What came of a run: images in all, and (name, text) of those with an error or a warning.
+
+    `out_of_scope` counts images; None where the model has no scope.
+    """
 
     images: int = 0
+    out_of_scope: int | None = None
     patients: int = 0
     errors: list[tuple[str, str]] = field(default_factory=list)
     warnings: list[tuple[str, str]] = field(default_factory=list)
@@ -167,7 +173,7 @@ def fingerprint(classifier: "Classifier", items: list[Item], settings: Any) -> s
     """Of a model, what it is given, and settings (JSON): parts of another one are not taken."""
     digest = hashlib.sha256(json.dumps([classifier.config, settings]).encode())
     # Of the weights' file and not of its name: a model trained again in the same folder is another one.
-    for path in sorted(classifier.folder.glob("model.*")):
+    for path in sorted([*classifier.folder.glob("model.*"), *classifier.folder.glob("scope.*")]):
         digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
     for item in items:
         is_file = isinstance(item.image, str | os.PathLike) and os.path.exists(item.image)
@@ -181,6 +187,8 @@ def _noted(shards: list[Path], summary: Summary) -> Iterator[pa.Table]:
     for shard in shards:
         table = pq.read_table(shard)
         summary.images += len(table)
+        if known := [each for each in table["in_scope"].to_pylist() if each is not None]:
+            summary.out_of_scope = (summary.out_of_scope or 0) + known.count(False)
         for name, error, warning in zip(*(table[c].to_pylist() for c in ("filename", "error", "warning")), strict=True):
             if error:
                 summary.errors.append((name, error))

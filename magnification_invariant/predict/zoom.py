@@ -97,7 +97,7 @@ def zoom_curves(classifier: Classifier, fields: list[Field]) -> pa.Table:
                 columns["field"].append(min(pixels.shape[:2]) * mpp)
                 yield tiles(pixels, classifier.size)
 
-    for logits, embedding in mean_over_tiles(classifier.run, shown(), classifier.batch_size):
+    for logits, embedding, *_ in mean_over_tiles(classifier.run, shown(), classifier.batch_size):
         columns["logits"].append(logits.tolist())
         embeddings.append(embedding)
     cka, reference = _similarity(columns, np.stack(embeddings), classifier.mpp_range)

@@ -40,7 +40,7 @@ def test_the_hub_reads_the_metadata(staged):
 def test_every_section_is_there_and_numbers_are_the_records(staged):
     card = (staged / "README.md").read_text()
     sections = ["Use", "Scale", "Training data", "Protocol", "Results", "Signature"]
-    sections += ["Intended use and limits", "Compute", "Citation"]
+    sections += ["Scope", "Intended use and limits", "Compute", "Citation"]
     assert re.findall(r"^## (.*)", card, re.MULTILINE) == sections
     results = read_json(staged / "results.json")
     for part in results["parts"].values():

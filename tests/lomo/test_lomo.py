@@ -273,13 +273,13 @@ def test_a_fold_whose_test_lacks_a_class_does_not_end_the_grid(ds, tmp_path):
 
 def test_a_model_that_predicts_no_numbers_ends_its_cell_and_not_the_grid(ds, tmp_path, monkeypatch):
     """Its losses may have been numbers: BatchNorm in training hides what its running statistics have become."""
-    real, said = run_module.predict, []
+    real, said = run_module.predict_all, []
 
-    def predict(model, *args, **kwargs):
-        logits, embedding = real(model, *args, **kwargs)
-        return (logits * np.nan if hasattr(model, "domain_head") else logits), embedding
+    def predict_all(network, *args, **kwargs):
+        logits, *others = real(network, *args, **kwargs)
+        return [logits * np.nan if hasattr(network.model, "domain_head") else logits, *others]
 
-    monkeypatch.setattr(run_module, "predict", predict)
+    monkeypatch.setattr(run_module, "predict_all", predict_all)
     folders = run_grid([CELL, ERM], ds, tmp_path, say=said.append)
     assert [folder.name for folder in folders] == [ERM.name]
     assert "FAILED" in said[0] and "not a finite number" in said[0] and "done" in said[1]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from magnification_invariant import load_breakhis, load_table, load_virtual_slides
+from magnification_invariant import load_breakhis, load_table, load_virtual_slides, metrics
 from magnification_invariant.engine import FitConfig
 from magnification_invariant.lomo.cell import Cell
 from magnification_invariant.lomo.run import run_cell
@@ -29,6 +29,10 @@ def assert_one_road(run: Run, ds) -> None:
         rows = classifier.predict(ds.select([row_of[name] for name in recorded["filename"]]), view=view)
         assert np.abs([row["probability"] for row in rows] - recorded["probability"]).max() <= 1e-5
         np.testing.assert_allclose([row["mpp"] for row in rows], recorded["mpp"], rtol=1e-9)
+        if part != "val":  # these patients set the threshold
+            out = [not row["in_scope"] for row in rows]
+            alarms = run.results["scope"]["false_alarms"][part]
+            assert alarms == pytest.approx(np.average(out, weights=metrics.patient_weights(recorded["patient"])))
         if view == "protocol":
             embedding = run.embeddings(part)
             np.testing.assert_allclose(

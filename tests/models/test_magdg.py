@@ -198,6 +198,11 @@ def test_embed(name):
         stages += [stage.flatten(2).mean(2), stage.flatten(2).max(2).values]
     torch.testing.assert_close(pyramid, torch.cat(stages, 1))
     assert pyramid.shape == (2, 1920 if name == "magdg_resnet18" else 2 * (32 + 48 + 192 + 96))
+    for kind, embedding in (("penultimate", penultimate), ("pyramid", pyramid)):
+        of_a_stage = embed(model, x, kind, stage=2)
+        assert torch.equal(of_a_stage[0], logits) and torch.equal(of_a_stage[1], embedding)
+        flat = model.forward_intermediates(x, indices=[2])[1][0].flatten(2)
+        torch.testing.assert_close(of_a_stage[2], torch.cat([flat.mean(2), flat.std(2, correction=0)], 1))
     with pytest.raises(ValueError, match="'penultimate' or 'pyramid'"):
         embed(model, x, "last")
 
