@@ -294,7 +294,7 @@ def _normalised(
     rows, views, size = job.split.test, job.views, job.cell.fit.image_size
     if isinstance(views, VectorCache):
         return None, "embeddings were made in one view"
-    if logits is None or not len(rows) or job.base_range is None:
+    if not len(rows) or job.base_range is None:
         return None, "nothing is held out" if not len(rows) else "the scale of some training images is not known"
     native = views.native_mpp[rows]
     mpp = view_mpp("normalised", native, views.short_side[rows], size, job.base_range)
