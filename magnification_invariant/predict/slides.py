@@ -104,7 +104,7 @@ def predict_slides(
     out = Path(out)
     folders = _folders(out, paths)
     mpp = None if mpp is None else check_mpp(mpp)
-    settings = _Settings(check_mpp(_default_scale(classifier) if at is None else at), least_tissue)
+    settings = _Settings(check_mpp(default_scale(classifier) if at is None else at), least_tissue)
     if not 0 <= least_tissue <= 1:
         raise ValueError(f"the least share of tissue must lie in [0, 1], not {least_tissue:g}")
     with locked(out) if process == 0 else nullcontext():
@@ -147,7 +147,12 @@ class _Settings(NamedTuple):
     least_tissue: float
 
 
-def _default_scale(classifier: "Classifier") -> float:
+def default_scale(classifier: "Classifier") -> float:
+    """Um/px at which tiles are shown where none is asked for: the geometric middle of the model's `base_range`.
+
+    Raises:
+        ValueError: The model knows no scale.
+    """
     if not classifier.base_range:
         raise ValueError("the model knows no scale: say at how many micrometres per pixel it is shown tiles (at)")
     return math.sqrt(classifier.base_range[0] * classifier.base_range[1])
