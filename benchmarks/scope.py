@@ -129,14 +129,15 @@ class Layers:
 
     @torch.inference_mode()
     def run(self, tiles: np.ndarray) -> list[np.ndarray]:
+        from magnification_invariant.models import channel_statistics
+
         images = torch.from_numpy(tiles).contiguous(memory_format=torch.channels_last)
         model = self.network.model
         x, stages = model.forward_intermediates(
             (images.float() - self.network.shift) / self.network.scale, indices=list(STAGES)
         )
         pooled = model.forward_head(x, pre_logits=True)
-        statistics = (torch.var_mean(stage, (2, 3), correction=0) for stage in stages)
-        statistics = [torch.cat([mean, variance.sqrt()], 1) for variance, mean in statistics]
+        statistics = [channel_statistics(stage) for stage in stages]
         return [each.numpy() for each in (model.get_classifier()(pooled), *statistics, pooled)]
 
     def of(self, fields: list[tuple[Image.Image, float]]) -> dict[str, np.ndarray]:

@@ -11,6 +11,7 @@ from magnification_invariant.models.grad_reverse import dann_coeff, grad_reverse
 from magnification_invariant.models.magdg import (
     HUB_NAMESPACE,
     PACKAGED,
+    channel_statistics,
     embed,
     head_prefixes,
     plain_architecture,
@@ -18,6 +19,15 @@ from magnification_invariant.models.magdg import (
 )
 from magnification_invariant.models.vectors import VECTOR_MODELS
 
-__all__ = ["HUB_NAMESPACE", "PACKAGED", "VECTOR_MODELS", "embed", "head_prefixes", "plain_architecture", "scope_stage"]
+__all__ = [
+    "HUB_NAMESPACE",
+    "PACKAGED",
+    "VECTOR_MODELS",
+    "channel_statistics",
+    "embed",
+    "head_prefixes",
+    "plain_architecture",
+    "scope_stage",
+]
 __all__ += ["add_domain_head", "forward_domains", "forward_heads", "linear_classifier", "pooled_features"]
 __all__ += ["dann_coeff", "grad_reverse"]
