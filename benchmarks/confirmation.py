@@ -346,9 +346,12 @@ def guesses(ds, folders: list[Path]) -> list:
             shown, which = [], []
             for i, name in enumerate(test["filename"]):
                 if (guess := looks[name]) is not None:
+                    try:
+                        view, _ = classifier.view_of(ds[place[name]]["image"].convert("RGB"), guess)
+                    except ValueError:  # too small a field at a known scale, if the guess were right
+                        continue
                     which.append(i)
                     ratio.append(guess / ds[place[name]]["mpp"])
-                    view, _ = classifier.view_of(ds[place[name]]["image"].convert("RGB"), guess)
                     shown.append(tiles(view.pixels, classifier.size))
             logits = test["logits"].copy()
             logits[which] = [logits for logits, *_ in mean_over_tiles(classifier.run, shown, 64)]
@@ -364,8 +367,8 @@ def guesses(ds, folders: list[Path]) -> list:
     head = ["held out", "Brier, protocol", "by the stated scale", "by the guess", "worse than protocol"]
     return [
         "ERM + zoom where the scale is not known: normalised by the um/px that the nuclei look like (`apparent_mpp`; "
-        "images without a guess stay in the protocol view). How often an image's squared error grows over the protocol "
-        "view's; the guess over the truth, 5th to 95th percentile.",
+        "images without a guess, or too small by it, stay in the protocol view). How often an image's squared error "
+        "grows over the protocol view's; the guess over the truth, 5th to 95th percentile.",
         Table([*head, "guessed", "guess / truth"], lines),
     ]
 

@@ -67,6 +67,8 @@ def export(
         ValueError: there are too few calibration tiles, or the model is on the Hub and `out` is not given.
     """
     classifier = Classifier.from_pretrained(repo_or_folder, device="cpu")
+    network = classifier.network
+    assert network is not None  # of the backend torch
     if out is None and not Path(repo_or_folder).expanduser().is_dir():
         raise ValueError(f"{repo_or_folder} is a Hub repository: say with --out which folder to write to")
     size = classifier.size
@@ -76,7 +78,7 @@ def export(
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".export-") as folder:
         exact, small = Path(folder, "exact.onnx"), Path(folder, "small.onnx")
-        _write(classifier.network, size, exact)
+        _write(network, size, exact)
         logits = np.concatenate([classifier.run(part)[0] for part in _batches(pieces)])
         error = float(np.abs(_logits(exact, pieces) - logits).max() / np.abs(logits).max())
         if error > TOLERANCE:
@@ -84,9 +86,9 @@ def export(
         change, keep = None, exact
         if calibration is not None:
             plain = exact
-            if classifier.network.stage is not None:
+            if network.stage is not None:
                 plain = Path(folder, "plain.onnx")
-                _write(Network(classifier.network.model, classifier.network.embedding).eval(), size, plain)
+                _write(Network(network.model, network.embedding).eval(), size, plain)
             _quantise(plain, small, pieces[::2])
             before, after = (
                 metrics.apply_temperature(each, classifier.temperature)[:, POSITIVE]

@@ -134,10 +134,10 @@ def _write_csv(rows: list[dict[str, Any]], path: Path) -> None:
 
 def _folders(out: Path, paths: Iterable[str | os.PathLike]) -> dict[Path, Path]:
     """The path of the slide that each folder is for."""
-    paths = list(dict.fromkeys(map(Path, paths)))
-    folders = {out / printable(path.stem): path for path in paths}
-    if len(folders) < len(paths):
-        twice = next(path for path in paths if folders[out / printable(path.stem)] != path)
+    slides = list(dict.fromkeys(map(Path, paths)))
+    folders = {out / printable(path.stem): path for path in slides}
+    if len(folders) < len(slides):
+        twice = next(path for path in slides if folders[out / printable(path.stem)] != path)
         raise ValueError(f"two slides are called {printable(twice.stem)}: predict them into different folders")
     return folders
 
@@ -235,7 +235,7 @@ def _write(
     notes += classifier.doubts({"apparent_mpp": None, "filled": 0}, grid.mpp)
     known = [each for each in tiles["in_scope"].to_pylist() if each is not None]
     out_of_scope = known.count(False) / len(known) if known else None
-    if known and out_of_scope > MUCH:
+    if out_of_scope is not None and out_of_scope > MUCH:
         notes.append(f"{out_of_scope:.0%} of its tiles are out of the model's scope")
     return {
         "tiles": len(tiles),
