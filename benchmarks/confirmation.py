@@ -313,7 +313,8 @@ def tests(rows: dict) -> list:
     rest = [line(title, *compared(rows, *pair)) for title, pair in EXPLORATORY.items()]
     return [
         "Declared before anything ran; a win needs both intervals below 0. p is of swapping patients' predictions, "
-        "adjusted by Holm's method over the two.",
+        "adjusted by Holm's method over the two. What later sections say of a difference goes by patients alone, with "
+        "the networks as they are; where they disagree, this verdict counts.",
         Table([*head, "p", "p adjusted", "verdict"], family),
         "Exploratory, not adjusted: to be read as hints.",
         Table(head, rest),
