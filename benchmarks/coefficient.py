@@ -6,7 +6,7 @@ that the two differ by the adversary alone.
     python benchmarks/coefficient.py runs/random_search/nested > benchmarks/results/coefficient.md
 """
 
-import sys
+import argparse
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -68,9 +68,12 @@ def draw(pairs: list[Pair], path: Path) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="runs of the nested search")
+    folder = parser.parse_args().folder
     from magnification_invariant.report.page import interval, markdown_table
 
-    pairs, picture = pairs_of(Path(sys.argv[1])), Path(__file__).parent / "results" / "coefficient.png"
+    pairs, picture = pairs_of(folder), Path(__file__).parent / "results" / "coefficient.png"
     draw(pairs, picture)
     better, worse = (sum(side(pair.measured) for pair in pairs) for side in (lambda d: d.high < 0, lambda d: d.low > 0))
     rows = []
@@ -88,7 +91,7 @@ def main() -> None:
         f"helps) and {worse} above. A Brier score near 0.25 is that of a network that has learned to say 0.5."
     )
     print("# Which coefficient of the gradient reversal pays\n")
-    print(f"`python benchmarks/coefficient.py {sys.argv[1]}`\n\n{text}\n\n![](coefficient.png)\n")
+    print(f"`python benchmarks/coefficient.py {folder}`\n\n{text}\n\n![](coefficient.png)\n")
     print(markdown_table(head, rows))
 
 
