@@ -118,7 +118,10 @@ def test_what_cannot_be_a_scope(scope):
         Scope(1, scope.mean, scope.whitener[:3], scope.reference, "")
 
 
-@pytest.mark.parametrize("backend", ["torch", "onnx", "openvino"])
+SLOW = [pytest.param(backend, marks=pytest.mark.slow) for backend in ("onnx", "openvino")]
+
+
+@pytest.mark.parametrize("backend", ["torch", *SLOW])
 def test_tissue_is_in_and_noise_is_out(scoped, tmp_path, backend):
     model = scoped
     if backend != "torch":
