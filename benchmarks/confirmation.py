@@ -334,11 +334,8 @@ def guesses(ds, folders: list[Path]) -> list:
     if not runs:
         return ["No runs."]
     place = {name: row for row, name in enumerate(ds["filename"])}
-    looks = {name: apparent_mpp(ds[place[name]]["image"].convert("RGB")) for name in runs[0].part("test")["filename"]}
-    for run in runs:
-        for name in run.part("test")["filename"]:
-            if name not in looks:
-                looks[name] = apparent_mpp(ds[place[name]]["image"].convert("RGB"))
+    tested = {name for run in runs for name in run.part("test")["filename"]}
+    looks = {name: apparent_mpp(ds[place[name]]["image"].convert("RGB")) for name in tested}
     lines = []
     for held_out in MAGNIFICATIONS:
         scores, worse, known, ratio = [], [], [], []

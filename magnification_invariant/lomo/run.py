@@ -28,7 +28,7 @@ from magnification_invariant.data.splits import (
     leave_one_domain_out,
 )
 from magnification_invariant.data.vectors import VectorCache, is_of_vectors
-from magnification_invariant.data.views import CROP_PCT, DRAWS, cache_height, field_mpp, random_view, view_mpp
+from magnification_invariant.data.views import CROP_PCT, cache_height, field_mpp, random_draws, random_view, view_mpp
 from magnification_invariant.engine import Diverged, Network, TrainRows, fit, normalisation, predict_all
 from magnification_invariant.files import locked, read_json, remove_unfinished, write_json
 from magnification_invariant.lomo.cell import Cell, is_finished
@@ -360,7 +360,7 @@ def _prepare(job: _Job, task: Task, rows: TrainRows, cache: PixelCache | VectorC
         return fit(other, cache, rows, replace(config, **changes), **options, description=name)
 
     def view(index: np.ndarray, size: int) -> tuple[torch.Tensor, np.ndarray]:
-        draws = torch.rand(len(index), DRAWS, generator=torch.Generator().manual_seed(cell.seed))
+        draws = random_draws(len(index), 1, torch.Generator().manual_seed(cell.seed))
         images = cache.take(torch.from_numpy(index), accelerator.device)
         shown = random_view(images, draws.to(accelerator.device), size, zoom=config.zoom, stain=config.stain)
         return shown, field_mpp(cache.native_mpp, cache.short_side, size)[index]

@@ -374,15 +374,13 @@ NEIGHBOURS = ("kNN", "RI", "support")
 def _neighbours(run: Run) -> list[str]:
     """Cells of a run under `NEIGHBOURS`; a dash where something cannot be had."""
     embeddings, keys = _tested_embeddings(run)
-    cells = []
-    for measure in (metrics.knn_reading, metrics.robustness_index):
-        labels = (keys["label"],) if measure is metrics.robustness_index else ()
-        try:
-            value = measure(embeddings, *labels, keys["domain"], keys["patient"])
-        except (ImportError, ValueError):  # croma is not there, or there is too little to compare
-            value = (np.nan, np.nan) if labels else np.nan
-        cells += [number(each) for each in (value[:2] if labels else [value])]
-    return cells
+    near = index = support = float("nan")
+    try:
+        near = metrics.knn_reading(embeddings, keys["domain"], keys["patient"])
+        index, support, _ = metrics.robustness_index(embeddings, keys["label"], keys["domain"], keys["patient"])
+    except (ImportError, ValueError):  # croma is not there, or there is too little to compare
+        pass
+    return [number(each) for each in (near, index, support)]
 
 
 def _tested_embeddings(run: Run) -> tuple[np.ndarray, dict[str, np.ndarray]]:

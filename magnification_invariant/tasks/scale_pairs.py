@@ -8,27 +8,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from magnification_invariant.models import embed
+from magnification_invariant.tasks.erm import ERM
 from magnification_invariant.tasks.options import option
-from magnification_invariant.tasks.task import Task, register
+from magnification_invariant.tasks.task import register
 
 
 @register("two_view")
-class TwoView(Task):
-    """Class cross-entropy, the mean over two views of every image; nothing else.
+class TwoView(ERM):
+    """Class cross-entropy, the mean over two views of every image: `ERM` that is shown each twice.
 
     Both views lie at the same place of the image, the finer one inside the coarser; zoom, turn, flip and stain are
     drawn anew for each. How far their scales differ is the training zoom's range: without zoom hardly at all. A step
     sees twice as many images as one of `ERM`, and takes about twice as long.
     """
 
-    arch = "magerm_resnet18"
     of_pixels = True
     views = 2
-
-    def forward(self, input, target, domain, progress, player=0):
-        output = self.model(input)
-        loss = self.class_loss(output, target)
-        return {"loss": loss, "output": output, "class_loss": loss.detach()}
 
 
 @register("scale_pairs")
