@@ -169,7 +169,8 @@ def _conclusions(rows: dict[str, Row], compared: list[Comparison]) -> list:
         elif measured.p_value >= 0.05:
             headline = f"Interval and test disagree, and nothing is concluded on {a} and {b}: "
         else:
-            headline = f"On these patients {a} is {'better' if measured.high < 0 else 'WORSE'} than {b}: "
+            better = "better" if measured.high < 0 else "WORSE"
+            headline = f"On these patients, with these trained networks, {a} is {better} than {b}: "
         blocks.append(headline + size)
         ones = {title: [1.0] * len(rows[title].runs) for title in (a, b)}
         raw = {title: estimate(rows[title].runs, PRIMARY, rows[title].part, t).value for title, t in ones.items()}

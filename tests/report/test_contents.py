@@ -143,7 +143,9 @@ def test_settings_are_rows_of_their_own(tmp_path):
 
 def test_what_the_report_says(root, tmp_path):
     report = dict(sections([root]))
-    assert report["What can and cannot be concluded"][0].startswith("On these patients dann is better than erm")
+    assert report["What can and cannot be concluded"][0].startswith(
+        "On these patients, with these trained networks, dann is better than erm"
+    )
     assert "undo the shift" in report["What can and cannot be concluded"][-1]
     table = report["Each held-out magnification"][1]
     four = ["dann *", f"dann{SCALED} *", "erm", "erm" + SCALED]
@@ -174,7 +176,7 @@ def test_where_interval_and_test_disagree_nothing_is_concluded(groups):
     first, *others = compare(rows, [("dann", "erm")])
     for p_value, wanted in (
         (0.3, "Interval and test disagree, and nothing"),
-        (0.01, "On these patients dann is better"),
+        (0.01, "On these patients, with these trained networks, dann is better"),
     ):
         measured = Difference(-0.01, -0.02, -0.001, p_value)
         headline = contents._conclusions(rows, [first._replace(measured=measured), *others])[0]
