@@ -89,9 +89,17 @@ def _remove(path: Path) -> None:
 
 
 def remove_unfinished(folder: Path, name: str = "*") -> None:
-    """Remove what killed processes left half-written of `name` in `folder`; only for who holds its lock."""
-    for path in folder.glob(f".{name}.*.tmp"):
-        _remove(path)
+    """Remove what killed processes left half-written of `name` in `folder`; only for who holds its lock.
+
+    A folder that had stepped aside when its successor's writer was killed comes back.
+    """
+    for path in folder.glob(f".{name}.*.old.tmp"):
+        before = folder / path.name[1:].rsplit(".", 3)[0]
+        if not before.exists():
+            os.replace(path, before)
+    for pattern in (f".{name}.*.tmp", f"..{name}.holder.json.*.tmp"):
+        for path in folder.glob(pattern):
+            _remove(path)
 
 
 @contextmanager

@@ -120,6 +120,21 @@ def test_a_killed_process_leaves_neither_a_lock_nor_half_a_file(tmp_path):
         assert [p.name for p in tmp_path.glob("*.tmp")] == [other.name]
 
 
+def test_a_folder_whose_writer_was_killed_between_two_renames_comes_back(tmp_path):
+    for aside, name in ((".model.v2.7.old.tmp", "before"), (".other.7.old.tmp", "of another folder")):
+        (tmp_path / aside).mkdir()
+        (tmp_path / aside / name).touch()
+    (tmp_path / ".model.v2.7.tmp").mkdir()
+    (tmp_path / "..model.v2.holder.json.7.tmp").touch()
+    with locked(tmp_path / "model.v2"):
+        assert [path.name for path in (tmp_path / "model.v2").iterdir()] == ["before"]
+        assert [path.name for path in tmp_path.glob("*.tmp")] == [".other.7.old.tmp"]
+    write_old(tmp_path / "new", True)
+    (tmp_path / ".new.7.old.tmp").mkdir()
+    with locked(tmp_path / "new"):  # both renames were done: what stepped aside goes
+        assert (tmp_path / "new" / "old").read_text() == "before" and not (tmp_path / ".new.7.old.tmp").exists()
+
+
 def test_json_has_no_nan_and_knows_numpy(tmp_path):
     path = tmp_path / "results.json"
     content = {"nan": float("nan"), "curve": np.array([1.5, np.inf]), "n": np.int64(3), "in": [(np.float32(0.5), None)]}
