@@ -8,10 +8,10 @@ demo: .venv/ready
 	$(BIN)/magdg demo
 
 test: .venv/ready
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m "not slow"
 
 test-all: .venv/ready
-	$(BIN)/python -m pytest --durations=15
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --durations=15
 
 quality: .venv/ready
 	$(BIN)/ruff check .

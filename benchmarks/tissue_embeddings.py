@@ -3,7 +3,8 @@
 Every image is shown at three scales (`data.scale.digital_zoom`: constant pixels, a shrinking field, so that the um/px
 at the network's input differ), each scale is held out in turn, and the table of `magdg lomo --embeddings` is made on
 the embeddings of each network. Real evidence at other magnifications it is not: these images are rescaled. The settings
-of all methods are the defaults, fixed beforehand: with so few patients nothing is chosen.
+of all methods are the defaults, fixed beforehand, and DANN stands there with other coefficients too: with so few
+patients nothing is chosen.
 
     python benchmarks/tissue_embeddings.py --data path/to/BreaKHis_v1 --weights densenet121_folder lite0_folder
     python benchmarks/tissue_embeddings.py --data virtual:n_patients=12 --weights test_magdg_resnet   # the same path
@@ -21,6 +22,12 @@ from pathlib import Path
 
 TAKEN_AT, ZOOMED = 100, (100, 141, 200)
 METHODS = ("erm", "dann", "cdann", "coral")
+SCHEDULES = (
+    ("dann", 0.3),
+    ("dann", 3.0),
+    ("constant", 1.0),
+    ("adaptive", 1.0),
+)  # of DANN's coefficient, beside its own
 
 
 def parse_args() -> argparse.Namespace:
@@ -80,6 +87,9 @@ def cells(args: argparse.Namespace) -> list:
     planned = []
     for methods, model in ((METHODS, "mag_hidden"), (("erm",), "mag_linear")):
         planned += make_grid(methods, ZOOMED, folds, args.seeds, n_folds=args.n_folds, model=model, fit=fit)
+    dann = [cell for cell in planned if cell.method == "dann"]
+    for schedule, coeff in SCHEDULES:
+        planned += [cell.with_settings({"coeff": coeff, "coeff_schedule": schedule}) for cell in dann]
     return list({cell.name: cell for cell in planned}.values())
 
 
@@ -125,8 +135,8 @@ def main() -> None:
         f"as at {', '.join(f'{m}X' for m in ZOOMED)} by digital zoom (they are *rescaled*). {patients} patients, "
         f"{malignant} of them malignant, in {args.n_folds} groups; seeds {', '.join(map(str, args.seeds))}. Patients "
         "weigh the same; probabilities are temperature-scaled; intervals are 95 % over patients, given the trained "
-        f"models. Settings are the defaults of `magdg lomo --embeddings`, fixed beforehand.{size} "
-        "Differences are not adjusted for their number."
+        f"models. Settings are the defaults of `magdg lomo --embeddings`, fixed beforehand, but for DANN's where a row "
+        f"names them.{size} Differences are not adjusted for their number."
     )
     command = shlex.join(["python", "benchmarks/tissue_embeddings.py", *shown(sys.argv[1:])])
     machine = f"{os.cpu_count()} CPU cores, one thread a cell."

@@ -389,6 +389,7 @@ def test_compilation_makes_one_graph_for_every_coefficient(data, monkeypatch):
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(compiled.parameters(), eager.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_every_fit_of_a_process_is_compiled(data, fresh_state, monkeypatch):
     """torch compiles a function a few times and then runs it as it is; a grid has more cells than that."""
     from accelerate import Accelerator

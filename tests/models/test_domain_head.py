@@ -202,6 +202,7 @@ def test_the_load_hook_leaves_the_rest_to_strict():
     assert typo.unexpected_keys == ["typo"]
 
 
+@pytest.mark.slow
 def test_one_compiled_graph_for_every_coefficient():
     counter = CompileCounterWithBackend("aot_eager")
     model, norms = create().train(), []
@@ -215,6 +216,7 @@ def test_one_compiled_graph_for_every_coefficient():
     torch.testing.assert_close(norms[1], 0.2 * norms[-1], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_exported_graphs_do_not_hold_the_head(tmp_path):
     model, batch = create().eval(), torch.export.Dim("batch")
     program = torch.export.export(model, (images(2),), dynamic_shapes=({0: batch},))

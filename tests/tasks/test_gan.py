@@ -117,6 +117,7 @@ def test_losses_are_goodfellows(data):
         assert out["loss"].item() == pytest.approx(wanted.item(), rel=1e-5) == out[name].item()
 
 
+@pytest.mark.slow
 def test_learns_which_colour_belongs_to_which_class_and_domain(data):
     torch.manual_seed(0)
     gan = DCGAN(2, 2, size=8, width=16)
