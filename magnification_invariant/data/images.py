@@ -32,6 +32,7 @@ if Image.MAX_IMAGE_PIXELS is not None:
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, MOST_PIXELS)
 
 _DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras give
+_DARK = 64  # of 255: tissue on glass is lit from behind, and something in a field of it is bright
 _LEAST_BAND = 0.1  # of the height: as many lines of one colour at the bottom are said
 _TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM}
 _TURNS |= {5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE}
@@ -186,7 +187,7 @@ def to_rgb(image: Image.Image, notes: list[str] | None = None) -> Image.Image:
         parts = eight_bits(values[..., :3], notes), eight_bits(values[..., 3:], [])  # colours, and transparency
         image = Image.fromarray(np.concatenate(parts, axis=2))
     image = _on_white(image, notes)
-    _note_band(image, notes)
+    _note_doubts(image, notes)
     return image if turn is None else image.transpose(turn)
 
 
@@ -257,21 +258,26 @@ def _on_white(image: Image.Image, notes: list[str]) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _note_band(image: Image.Image, notes: list[str]) -> None:
-    """Decoders fill with one colour what a cut file lacks, and so do file systems."""
+def _note_doubts(image: Image.Image, notes: list[str]) -> None:
+    """Bands of one colour, with which decoders and file systems fill what a cut file lacks, and darkness, which is what
+    few bits in a large container look like where a decoder gives the upper ones alone."""
     width, height = image.size
 
     def varies(lines: int) -> bool:
         return any(low != high for low, high in image.crop((0, height - lines, width, height)).getextrema())
 
-    if not height or varies(max(1, round(height * _LEAST_BAND))):
+    if not height:
         return
-    lines = bisect.bisect_left(range(1, height + 1), True, key=varies)
-    if lines == height:
-        notes.append("hardly any tissue: a field of one colour")
-    else:
+    brightest = max(high for _, high in image.getextrema())
+    if not varies(max(1, round(height * _LEAST_BAND))):
+        lines = bisect.bisect_left(range(1, height + 1), True, key=varies)
+        if lines == height:
+            notes.append("hardly any tissue: a field of one colour")
+            return
         colour = image.getpixel((0, height - 1))
         notes.append(f"its last {lines} of {height} lines are of one colour {colour}: is a part of it missing?")
+    if brightest < _DARK:
+        notes.append(f"dark: nothing is brighter than {brightest} of 255; does it use fewer bits than its file has?")
 
 
 def check(file: str | os.PathLike | BinaryIO) -> tuple[int, int]:

@@ -113,13 +113,26 @@ def test_sixteen_bit_files_of_fewer_bits(bits, kind, colours):
     assert notes == said * (bits < 16)
 
 
-def _png16(values: np.ndarray) -> bytes:
+def _png16(values: np.ndarray, colour_type: int = 2, channels: int = 1) -> bytes:
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", values.shape[1] // channels, len(values), 16, colour_type, 0, 0, 0)
     lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in values)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+
+
+def test_few_bits_that_no_decoder_gives_whole_are_dark_and_that_is_said():
+    def grey_and_alpha():
+        values = np.dstack([GREY.astype(np.uint16) << 2, np.full(GREY.shape, 65535, np.uint16)])  # 10 bits
+        return Image.open(io.BytesIO(_png16(values.reshape(len(GREY), -1), colour_type=4, channels=2)))
+
+    premultiplied = np.dstack([COLOUR.astype(np.uint16) << 2, np.full(GREY.shape, 65535, np.uint16)])
+    dark = (grey_and_alpha(), tiff(premultiplied, photometric="rgb", extrasamples=["assocalpha"]))
+    dark += (stored(Image.fromarray(COLOUR // 5)), stored(Image.fromarray(GREY // 4)))
+    for image in dark:
+        assert "dark: nothing is brighter than " in seen(image)[1], image.mode
+    assert seen(stored(Image.fromarray(COLOUR // 4 + 64)))[1] == ""
 
 
 @pytest.mark.parametrize("tag", [281, 341])  # MaxSampleValue, SMaxSampleValue
