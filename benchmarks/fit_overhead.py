@@ -19,7 +19,8 @@ from timm.utils import ModelEmaV3
 from magnification_invariant import load_virtual_slides
 from magnification_invariant.data.pixels import PixelCache
 from magnification_invariant.data.views import DRAWS, cache_height, random_view
-from magnification_invariant.engine import FitConfig, TrainRows, fit, normalisation
+from magnification_invariant.engine import FitConfig, TrainRows, fit
+from magnification_invariant.models import normalisation
 from magnification_invariant.tasks import get_task
 
 

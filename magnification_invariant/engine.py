@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.utils import ModelEmaV3
 from tqdm import tqdm
 
@@ -16,7 +15,7 @@ from magnification_invariant.data.pixels import PixelCache
 from magnification_invariant.data.vectors import VectorCache
 from magnification_invariant.data.views import mean_over_tiles, random_draws
 from magnification_invariant.files import whole
-from magnification_invariant.models import embed
+from magnification_invariant.models import embed, normalisation
 from magnification_invariant.tasks import Task
 from magnification_invariant.tasks.options import option
 
@@ -145,12 +144,6 @@ class Network(torch.nn.Module):
             return [output.float().cpu().numpy() for output in self(images)]
 
         return run
-
-
-def normalisation(model: torch.nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std of the pixels, in [0, 1], that a model expects: its config's, ImageNet's where it has none."""
-    config = getattr(model, "pretrained_cfg", None) or {}
-    return tuple(config.get("mean") or IMAGENET_DEFAULT_MEAN), tuple(config.get("std") or IMAGENET_DEFAULT_STD)
 
 
 def _optimizer(player, config: FitConfig) -> torch.optim.Optimizer:

@@ -259,8 +259,11 @@ def _on_white(image: Image.Image, notes: list[str]) -> Image.Image:
 
 
 def _note_doubts(image: Image.Image, notes: list[str]) -> None:
-    """Bands of one colour, with which decoders and file systems fill what a cut file lacks, and darkness, which is what
-    few bits in a large container look like where a decoder gives the upper ones alone."""
+    """Notes bands of one colour and darkness.
+
+    With the one, decoders and file systems fill what a cut file lacks; the other is what few bits in a large container
+    look like where a decoder gives the upper ones alone.
+    """
     width, height = image.size
 
     def varies(lines: int) -> bool:

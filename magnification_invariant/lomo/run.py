@@ -29,12 +29,12 @@ from magnification_invariant.data.splits import (
 )
 from magnification_invariant.data.vectors import VectorCache, is_of_vectors
 from magnification_invariant.data.views import CROP_PCT, cache_height, field_mpp, random_draws, random_view, view_mpp
-from magnification_invariant.engine import Diverged, Network, TrainRows, fit, normalisation, predict_all
+from magnification_invariant.engine import Diverged, Network, TrainRows, fit, predict_all
 from magnification_invariant.files import locked, read_json, remove_unfinished, write_json
 from magnification_invariant.lomo.cell import Cell, is_finished
 from magnification_invariant.lomo.embedded import check_cell
 from magnification_invariant.model_folder import find_start, load_start, source_name, write_model_folder
-from magnification_invariant.models import scope_stage
+from magnification_invariant.models import normalisation, scope_stage
 from magnification_invariant.records import (
     KEYS,
     NORMALISED,

@@ -14,6 +14,7 @@ from magnification_invariant.models.magdg import (
     channel_statistics,
     embed,
     head_prefixes,
+    normalisation,
     plain_architecture,
     scope_stage,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "channel_statistics",
     "embed",
     "head_prefixes",
+    "normalisation",
     "plain_architecture",
     "scope_stage",
 ]

@@ -137,6 +137,12 @@ def embed(model: nn.Module, x: Tensor, kind: str = "penultimate", stage: int | N
     return *outputs, channel_statistics(maps[stage])
 
 
+def normalisation(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std of the pixels, in [0, 1], that a model expects: its config's, ImageNet's where it has none."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    return tuple(config.get("mean") or IMAGENET_DEFAULT_MEAN), tuple(config.get("std") or IMAGENET_DEFAULT_STD)
+
+
 def channel_statistics(features: Tensor) -> Tensor:
     """Mean and standard deviation over the pixels of every channel: (B, C, H, W) to (B, 2 C), all means first."""
     mean = features.mean((2, 3), keepdim=True)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from magnification_invariant.engine import normalisation
 from magnification_invariant.files import whole, write_json
+from magnification_invariant.models import normalisation
 from magnification_invariant.predict.classifier import Classifier
 from magnification_invariant.predict.slides import default_scale
 

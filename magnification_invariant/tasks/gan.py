@@ -8,11 +8,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
+from magnification_invariant.models import normalisation
 from magnification_invariant.tasks.dcgan import NOISE, Discriminator, Generator
 from magnification_invariant.tasks.erm import ERM
 from magnification_invariant.tasks.options import option
@@ -39,7 +39,7 @@ class DCGAN(Task):
     def __init__(self, num_classes: int, num_domains: int, *, size: int = 64, width: int = 64):
         super().__init__(Generator(num_classes, num_domains, size=size, width=width))
         self.discriminator = Discriminator(num_classes, num_domains, size=size, width=width)
-        self.signed = _Signed()
+        self.signed = _Signed(self.model)
 
     @property
     def players(self):
@@ -64,11 +64,11 @@ class DCGAN(Task):
 
 
 class _Signed(nn.Module):
-    """Images as `engine` normalises them to [-1, 1], where tanh ends, and back."""
+    """Images as `engine` normalises them for a model to [-1, 1], where tanh ends, and back."""
 
-    def __init__(self):
+    def __init__(self, model: nn.Module):
         super().__init__()
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in normalisation(model))
         self.register_buffer("scale", 2 * std, persistent=False)
         self.register_buffer("shift", 2 * mean - 1, persistent=False)
 
@@ -119,7 +119,7 @@ class MagGAN(DegradedERM):
     def __init__(self, model, options=None):
         super().__init__(model, options)
         self.generator: Generator | None = None
-        self.signed = _Signed()
+        self.signed = _Signed(model)
 
     def prepare(self, rows, fit, view, class_names, domain_names):
         gan = DCGAN(len(class_names), len(domain_names), size=self.size, width=self.width)
