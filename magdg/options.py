@@ -118,7 +118,7 @@ def grid_settings(args: argparse.Namespace, methods: list[str]) -> dict[str, Any
 
         if wrong := [flag(name) for name in OF_PIXELS if name in typed] + ["--zoom"] * args.zoom:
             raise ValueError(f"{', '.join(wrong)}: of images, and there are --embeddings")
-        values |= {"model": VECTOR_MODELS[0], **VECTOR_FIT}
+        values |= {"model": next(iter(VECTOR_MODELS)), **VECTOR_FIT}
     elif not is_virtual(args.data):
         values["init"] = "imagenet"
     values |= RECIPES[args.recipe] | typed

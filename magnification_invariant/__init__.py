@@ -23,6 +23,7 @@ _PUBLIC = {
     "dann_coeff": "models",
     "SparseSignature": "signatures",
     "fit": "engine",
+    "load_vector_model": "model_folder",
     "Classifier": "predict",
 }
 

@@ -15,7 +15,7 @@ from PIL import Image
 from magnification_invariant.data.published import slides
 from magnification_invariant.files import read_json, whole
 from magnification_invariant.hub_files import resolve, snapshot
-from magnification_invariant.models import VECTOR_MODELS, plain_architecture
+from magnification_invariant.models import VECTOR_MODELS, create_vector_model, plain_architecture
 from magnification_invariant.models.domain_head import PREFIX
 from magnification_invariant.models.magdg import head_prefixes
 from magnification_invariant.virtual_slides import YEAR, render_field, virtual_field
@@ -141,8 +141,8 @@ def open_model(repo_or_folder: str, revision: str | None = None) -> tuple[Path, 
         )
     if config["architecture"] in VECTOR_MODELS:
         raise ValueError(
-            f"{repo_or_folder} classifies embeddings and not images: import magnification_invariant, load it with "
-            f"timm.create_model('local-dir:{repo_or_folder}', pretrained=True), and give it vectors"
+            f"{repo_or_folder} classifies embeddings and not images: load it with "
+            "magnification_invariant.load_vector_model, and give it vectors"
         )
     if config.get("format") != FORMAT:
         raise ValueError(
@@ -150,6 +150,19 @@ def open_model(repo_or_folder: str, revision: str | None = None) -> tuple[Path, 
             "way: its temperature, records and signature do not hold any more. Train it again, or load it with timm"
         )
     return snapshot(repo_or_folder, revision), config
+
+
+def load_vector_model(repo_or_folder: str, revision: str | None = None) -> torch.nn.Module:
+    """A classifier of vectors, which a run on embeddings left in its ``model/``, in eval mode.
+
+    Raises:
+        ValueError: It classifies images, or its weights are damaged.
+        OSError: There is no such folder or repository.
+    """
+    config = read_model_config(repo_or_folder, revision)
+    if config.get("architecture") not in VECTOR_MODELS:
+        raise ValueError(f"{repo_or_folder} classifies images: load it with timm, or as a Classifier")
+    return load_model(snapshot(repo_or_folder, revision), config)
 
 
 def load_model(folder: Path, config: dict[str, Any]) -> torch.nn.Module:
@@ -161,10 +174,12 @@ def load_model(folder: Path, config: dict[str, Any]) -> torch.nn.Module:
     """
     file = resolve(str(folder), "model.safetensors")
     arguments = config.get("model_args", {})
-    model = timm.create_model(config["architecture"], num_classes=config["num_classes"], **arguments).eval()
+    create = create_vector_model if config["architecture"] in VECTOR_MODELS else timm.create_model
+    model = create(config["architecture"], num_classes=config["num_classes"], **arguments).eval()
     if hasattr(model, "set_input_size"):  # of networks that are made for one size, such as ViTs
         model.set_input_size(img_size=tuple(config["pretrained_cfg"]["input_size"][1:]))
-    model.pretrained_cfg = {**model.pretrained_cfg, **{k: config["pretrained_cfg"][k] for k in ("mean", "std")}}
+    of_pixels = {name: config["pretrained_cfg"][name] for name in ("mean", "std") if name in config["pretrained_cfg"]}
+    model.pretrained_cfg = {**model.pretrained_cfg, **of_pixels}
     try:
         model.load_state_dict(read_weights(file))
     except RuntimeError as error:
@@ -234,7 +249,7 @@ def _number(value, low: float, high: float) -> bool:
 # What timm's loader would follow to other files or run.
 _LEADING_ELSEWHERE = ("file", "url", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load", "auto_map")
 _CHECKS = {
-    "architecture": lambda v: isinstance(v, str) and re.fullmatch(r"\w+", v) and timm.is_model(v),
+    "architecture": lambda v: isinstance(v, str) and re.fullmatch(r"\w+", v) and (v in VECTOR_MODELS or timm.is_model(v)),
     "num_classes": lambda v: _number(v, 1, 10_000),
     "label_names": lambda v: isinstance(v, list) and all(re.fullmatch(r"[\w .,:()+-]{1,80}", label) for label in v),
     "name": lambda v: isinstance(v, str) and re.fullmatch(r"[\w.-]{1,96}", v),

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from magnification_invariant.files import read_json
 from magnification_invariant.hub_files import resolve
 from magnification_invariant.models.domain_head import PREFIX, add_domain_head, match_domain_head, pooled_features
+from magnification_invariant.models.vectors import VECTOR_MODELS
 
 _logger = logging.getLogger(__name__)
 
@@ -79,14 +80,14 @@ def plain_architecture(model: nn.Module | str) -> str:
     """Name of the stock timm architecture that the model is, its domain head aside: "resnet18" for most of ours.
 
     Args:
-        model: A model made by timm, or its name with or without tag.
+        model: A model, or its name with or without tag; of vectors it is its own.
 
     Raises:
         ValueError: If timm does not know the name.
     """
     name = model if isinstance(model, str) else model.pretrained_cfg["architecture"]
     arch = name.split(".")[0]
-    if not timm.is_model(arch):
+    if arch not in VECTOR_MODELS and not timm.is_model(arch):
         raise ValueError(f"timm knows no architecture {arch!r}; `timm.list_models('mag*')` names ours.")
     return _PLAIN.get(arch, arch)
 

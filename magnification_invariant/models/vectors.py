@@ -1,14 +1,13 @@
-"""Classifiers of vectors, such as the embeddings of a foundation model: timm models whose input is (b, width)."""
+"""Classifiers of vectors, such as the embeddings of a foundation model: like timm's, but their input is (b, width)."""
 
 import numpy as np
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from magnification_invariant.models.domain_head import match_domain_head
 
-VECTOR_MODELS = ("mag_hidden", "mag_linear")
-"""Their names; the first is the default."""
+VECTOR_MODELS = {"mag_hidden": 128, "mag_linear": 0}
+"""Their names, and the units of the hidden layer; the first is the default."""
 
 
 class VectorClassifier(nn.Module):
@@ -21,12 +20,11 @@ class VectorClassifier(nn.Module):
         num_classes: Class logits.
         width: Of the vectors.
         hidden: Units of the hidden layer, ReLU; 0 is none.
-        in_chans: Not read; timm's builder hands it over.
     """
 
     global_pool = "avg"  # there is nothing to pool: what the features are, pooled
 
-    def __init__(self, num_classes: int = 2, width: int = 1024, hidden: int = 0, in_chans: int = 3):
+    def __init__(self, num_classes: int = 2, width: int = 1024, hidden: int = 0):
         super().__init__()
         self.num_classes, self.num_features = num_classes, hidden or width
         self.register_buffer("mean", torch.zeros(width))
@@ -67,21 +65,16 @@ class VectorClassifier(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        name: {"num_classes": 2, "classifier": "head", "first_conv": None, "mean": (), "std": ()}
-        for name in VECTOR_MODELS
-    }
-)
+def create_vector_model(name: str, *, num_classes: int = 2, **arguments) -> VectorClassifier:
+    """A new classifier of vectors; timm's registry has none of these, for its models are of images.
 
-
-@register_model
-def mag_linear(pretrained: bool = False, **kwargs) -> VectorClassifier:
-    """Logistic regression on standardised vectors; `width` is theirs."""
-    return build_model_with_cfg(VectorClassifier, "mag_linear", pretrained, **kwargs)
-
-
-@register_model
-def mag_hidden(pretrained: bool = False, **kwargs) -> VectorClassifier:
-    """One hidden layer of 128 units on standardised vectors; `width` is theirs."""
-    return build_model_with_cfg(VectorClassifier, "mag_hidden", pretrained, **{"hidden": 128} | kwargs)
+    Args:
+        name: One of `VECTOR_MODELS`.
+        num_classes: Class logits.
+        **arguments: ``width``, of the vectors, and ``hidden``, in place of the name's units.
+    """
+    model = VectorClassifier(num_classes, **{"hidden": VECTOR_MODELS[name]} | arguments)
+    # What timm leaves on its models, and `model_folder` reads.
+    model.pretrained_cfg = {"architecture": name, "first_conv": None, "classifier": "head"}
+    model._model_args = arguments
+    return model
