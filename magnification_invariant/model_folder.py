@@ -249,7 +249,7 @@ def _number(value, low: float, high: float) -> bool:
 # What timm's loader would follow to other files or run.
 _LEADING_ELSEWHERE = ("file", "url", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load", "auto_map")
 _CHECKS = {
-    "architecture": lambda v: isinstance(v, str) and re.fullmatch(r"\w+", v) and (v in VECTOR_MODELS or timm.is_model(v)),
+    "architecture": lambda v: re.fullmatch(r"\w+", v) and (v in VECTOR_MODELS or timm.is_model(v)),
     "num_classes": lambda v: _number(v, 1, 10_000),
     "label_names": lambda v: isinstance(v, list) and all(re.fullmatch(r"[\w .,:()+-]{1,80}", label) for label in v),
     "name": lambda v: isinstance(v, str) and re.fullmatch(r"[\w.-]{1,96}", v),
