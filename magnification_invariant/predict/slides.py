@@ -5,7 +5,6 @@ prediction is that of an image with the same pixels. Memory does not grow with t
 slide's probability is that of the mean of its tiles' logits, as an image's is that of the tiles it is covered by.
 """
 
-import csv
 import json
 import math
 import os
@@ -38,7 +37,7 @@ from magnification_invariant.data.slides import (
 )
 from magnification_invariant.files import CannotWrite, locked, read_json, whole, write_json
 from magnification_invariant.predict.inputs import Item, find_images
-from magnification_invariant.predict.tables import SCHEMA, cell, fingerprint, prepare_parts
+from magnification_invariant.predict.tables import SCHEMA, fingerprint, prepare_parts, write_csv
 from magnification_invariant.records import POSITIVE, write_table
 
 if TYPE_CHECKING:
@@ -127,9 +126,7 @@ def predict_slides(
 
 def _write_csv(rows: list[dict[str, Any]], path: Path) -> None:
     with whole(path) as unfinished, open(unfinished, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ROW)
-        writer.writeheader()
-        writer.writerows({name: cell(name, value) for name, value in row.items()} for row in rows)
+        write_csv(file, ROW, rows)
 
 
 def _folders(out: Path, paths: Iterable[str | os.PathLike]) -> dict[Path, Path]:
