@@ -103,5 +103,5 @@ def _slides(args, classifier, paths: list[Path], state) -> int:
             of = f"{row['probability']:.3f} ({row['prediction']}), {row['tiles']} tiles at {row['at']:.3g} um/px"
             print(f"{row['slide']}: {of}" + (f"; {row['warning']}" if row["warning"] else ""))
     if rows is not None:
-        print(f"wrote {len(rows)} rows to {args.out / 'slides.csv'}")
+        print(f"wrote {args.out / 'slides.csv'}: a row for every slide in {args.out}")
     return 1 if any(row["error"] for row in rows or []) else 0

@@ -235,7 +235,7 @@ class Classifier:
         """
         if native is None and ((view == "normalised" and self.base_range) or not isinstance(view, str)):
             why = note or "the file does not state it"
-            raise ValueError(f"its scale is not known: {why}; pass mpp, micrometres per pixel")
+            raise ValueError(f"its scale is not known: {why}; say its micrometres per pixel (mpp)")
         mpp = float(view_mpp(view, native or 1.0, min(image.size), self.size, self.base_range))
         return show(image, native or 1.0, mpp, self.size), mpp if native else float("nan")
 
@@ -313,11 +313,11 @@ class Classifier:
             ValueError: the image cannot be predicted.
         """
         image = to_rgb(image)
-        item, scales = Item("image", image, native), self.zoom_scales(image, native, n)
-        rows = [row for scale in scales for row in self.iterate([item], view=scale)]
-        if rows[0]["error"]:
-            raise ValueError(rows[0]["error"])
-        return np.array([row["mpp"] for row in rows]), np.array([row["probability"] for row in rows], float)
+        shown = [self.view_of(image, native, scale) for scale in self.zoom_scales(image, native, n)]
+        pieces = (tiles(view.pixels, self.size) for view, _ in shown)
+        logits = np.stack([outputs[0] for outputs in mean_over_tiles(self.run, pieces, self.batch_size)])
+        probability = metrics.apply_temperature(logits, self.temperature)[:, POSITIVE]
+        return np.array([mpp for _, mpp in shown]), probability
 
     @cached_property
     def records(self) -> Run:

@@ -5,7 +5,6 @@ prediction is that of an image with the same pixels. Memory does not grow with t
 slide's probability is that of the mean of its tiles' logits, as an image's is that of the tiles it is covered by.
 """
 
-import csv
 import json
 import math
 import os
@@ -38,7 +37,7 @@ from magnification_invariant.data.slides import (
 )
 from magnification_invariant.files import CannotWrite, locked, read_json, whole, write_json
 from magnification_invariant.predict.inputs import Item, find_images
-from magnification_invariant.predict.tables import SCHEMA, cell, fingerprint, prepare_parts
+from magnification_invariant.predict.tables import SCHEMA, fingerprint, prepare_parts, write_csv
 from magnification_invariant.records import POSITIVE, write_table
 
 if TYPE_CHECKING:
@@ -47,6 +46,7 @@ if TYPE_CHECKING:
 SHARD = 512  # tiles; what a cut run loses at most
 MUCH = 0.1  # share of tiles out of scope that is worth a warning: 0.01 are, of what a model knows
 COLOURS = ((94, 60, 153), (230, 97, 1))  # of the negative and the positive class, as in the maps of `explain`
+FILES = ("tiles.parquet", "tiles.geojson", "heatmap.png", "embeddings.h5")
 ROW = ("slide", "mpp", "at", "tiles", "tissue", "probability", "prediction", "out_of_scope", "warning", "error")
 
 _NAMES = ("mpp", "apparent_mpp", "logits", "probability", "prediction", "signature", "in_scope")
@@ -54,6 +54,11 @@ _NAMES += ("scope_percentile",)
 _PLACE = {"x": pa.int64(), "y": pa.int64(), "width": pa.int64(), "tissue": pa.float64()}
 TILES = pa.schema(_PLACE | {name: SCHEMA.field(name).type for name in _NAMES})
 _SHARD = TILES.append(pa.field("embedding", pa.list_(pa.float32())))
+
+
+class _Settings(NamedTuple):
+    at: float
+    least_tissue: float
 
 
 def find_slides(paths: Iterable[str | os.PathLike]) -> list[Path]:
@@ -73,13 +78,13 @@ def predict_slides(
     processes: int = 1,
     wait: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]] | None:
-    """Predicts slides into ``OUT/<name of the slide>/``, and writes ``OUT/slides.csv`` with a row (`ROW`) for each.
+    """Predicts slides into ``OUT/<name of the slide>/``; ``OUT/slides.csv`` has a row (`ROW`) for each slide in `out`.
 
     A slide's folder holds ``tiles.parquet`` (`TILES`; x, y and width in level-0 pixels), ``tiles.geojson`` for QuPath,
     ``heatmap.png``, ``slide.json`` (its row) and, where h5py is installed, ``embeddings.h5`` (``features`` and
     ``coords``, as TRIDENT names them). ``out_of_scope`` is a share of tiles. A run that was cut goes on after the last
     `SHARD` of tiles that is there; slides that are finished with the same model and settings are skipped. What is wrong
-    with a slide is its ``error``.
+    with a slide is its ``error``, and then its folder holds no tiles, not even of an earlier run.
 
     Args:
         paths: of slides.
@@ -92,7 +97,7 @@ def predict_slides(
         wait: returns when all processes have called it.
 
     Returns:
-        The rows, on process 0; None on the others.
+        The rows of `paths`, on process 0; None on the others.
 
     Raises:
         ModuleNotFoundError: OpenSlide is not installed.
@@ -100,7 +105,7 @@ def predict_slides(
         Busy: another process writes `out`.
         CannotWrite: a file cannot be written; the shards are kept.
     """
-    errors = (OSError, ValueError, openslide_library().OpenSlideError)
+    openslide_library()  # or it is missed here, and not in the middle
     out = Path(out)
     folders = _folders(out, paths)
     mpp = None if mpp is None else check_mpp(mpp)
@@ -110,26 +115,36 @@ def predict_slides(
     with locked(out) if process == 0 else nullcontext():
         wait()
         for folder, path in list(folders.items())[process::processes]:
-            try:
-                _predict(classifier, path, folder, mpp, settings)
-            except CannotWrite:
-                raise
-            except errors as error:
-                row = dict.fromkeys(ROW) | {"slide": printable(path), "error": str(error) or type(error).__name__}
-                write_json(folder / "slide.json", row)
+            _predict_or_say(classifier, path, folder, mpp, settings)
         wait()
         if process:
             return None
-        rows = [{name: read_json(folder / "slide.json")[name] for name in ROW} for folder in folders]
-        _write_csv(rows, out / "slides.csv")
-    return rows
+        _write_table(out)
+    return [_row(folder / "slide.json") for folder in folders]
 
 
-def _write_csv(rows: list[dict[str, Any]], path: Path) -> None:
-    with whole(path) as unfinished, open(unfinished, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ROW)
-        writer.writeheader()
-        writer.writerows({name: cell(name, value) for name, value in row.items()} for row in rows)
+def _row(path: Path) -> dict[str, Any]:
+    row = read_json(path)
+    return {name: row[name] for name in ROW}
+
+
+def _write_table(out: Path) -> None:
+    """``slides.csv``: a row for every slide in the folder, whichever command predicted it."""
+    with whole(out / "slides.csv") as unfinished, open(unfinished, "w", newline="", encoding="utf-8") as file:
+        write_csv(file, ROW, map(_row, sorted(out.glob("*/slide.json"))))
+
+
+def _predict_or_say(classifier: "Classifier", path: Path, folder: Path, mpp: float | None, settings: _Settings) -> None:
+    """One slide, unless it is finished; what is wrong with it is its row, and no files of an earlier run stay."""
+    try:
+        _predict(classifier, path, folder, mpp, settings)
+    except CannotWrite:
+        raise
+    except (OSError, ValueError, openslide_library().OpenSlideError) as error:
+        for name in FILES:
+            (folder / name).unlink(missing_ok=True)
+        row = dict.fromkeys(ROW) | {"slide": printable(path), "error": str(error) or type(error).__name__}
+        write_json(folder / "slide.json", row)
 
 
 def _folders(out: Path, paths: Iterable[str | os.PathLike]) -> dict[Path, Path]:
@@ -140,11 +155,6 @@ def _folders(out: Path, paths: Iterable[str | os.PathLike]) -> dict[Path, Path]:
         twice = next(path for path in slides if folders[out / printable(path.stem)] != path)
         raise ValueError(f"two slides are called {printable(twice.stem)}: predict them into different folders")
     return folders
-
-
-class _Settings(NamedTuple):
-    at: float
-    least_tissue: float
 
 
 def default_scale(classifier: "Classifier") -> float:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 import pyarrow as pa
@@ -204,16 +204,22 @@ def _to_parquet(tables: Iterable[pa.Table], path: Path, schema: pa.Schema) -> No
 
 
 def _to_csv(tables: Iterable[pa.Table], path: Path, schema: pa.Schema) -> None:
-    """Lists are JSON in their cells, and text is never a formula to who opens the table, see `_cell`."""
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, schema.names)
-        writer.writeheader()
-        for table in tables:
-            for row in table.to_pylist():
-                writer.writerow({name: cell(name, value) for name, value in row.items()})
+        write_csv(file, schema.names, (row for table in tables for row in table.to_pylist()))
 
 
-def cell(name: str, value):
+def write_csv(file: TextIO, names: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
+    """Writes what `names` names of rows, after a line of the names.
+
+    Lists are JSON in their cells, and text is never a formula to who opens the table, see `_cell`.
+    """
+    writer = csv.DictWriter(file, names)
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: _cell(name, row[name]) for name in names})
+
+
+def _cell(name: str, value):
     """A file name that begins as a formula does gets ``./`` before it, other text an apostrophe; numbers stay."""
     if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")):
         return ("./" if name == "filename" else "'") + value

@@ -67,6 +67,11 @@ def tiles_of(folder):
     return pq.read_table(folder / "tiles.parquet").to_pylist()
 
 
+def table_of(out):
+    with open(out / "slides.csv", newline="") as file:
+        return {Path(row["slide"]).stem: row for row in csv.DictReader(file)}
+
+
 def data_of(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
 
@@ -216,9 +221,9 @@ def test_one_bad_slide_does_not_stop_the_others(tiny_model, two, tmp_path, capsy
     command = ["predict", str(folder), "--model", str(tiny_model), "--out", str(out)]
     assert main(command) == 1
     printed = capsys.readouterr().out
-    assert f"wrote 7 rows to {out}/slides.csv" in printed
-    with open(out / "slides.csv", newline="") as file:
-        rows = {Path(row["slide"]).stem: row for row in csv.DictReader(file)}
+    assert f"wrote {out}/slides.csv: a row for every slide in {out}" in printed
+    rows = table_of(out)
+    assert len(rows) == 7
     assert 0 < float(rows["good"]["probability"]) < 1 and not rows["good"]["error"]
     wanted = {
         "blank": "no tissue: 0.0% of the slide look like it",
@@ -233,6 +238,26 @@ def test_one_bad_slide_does_not_stop_the_others(tiny_model, two, tmp_path, capsy
     assert main([*command[:1], str(folder / "good.tif"), *command[2:], "--mpp", "0.5", "--at", "0.8"]) == 0
     assert "tiles at 0.797 um/px" in capsys.readouterr().out
     assert float(json.loads((out / "good/slide.json").read_text())["mpp"]) == 0.5
+
+
+def test_the_table_grows_and_what_fails_leaves_no_tiles(classifier, two, tmp_path):
+    other, out = tmp_path / "other.tif", tmp_path / "out"
+    other.write_bytes(two[0].read_bytes())
+    first = classifier.predict_slide(two[0], out)
+    (row,) = slides.predict_slides(classifier, [other], out)  # the rows of this command
+    table = table_of(out)  # of all
+    assert row["slide"] == str(other) and set(table) == {"two", "other"}
+    assert float(table["two"]["probability"]) == first["probability"] == float(table["other"]["probability"])
+    before = data_of(out / "two")
+    other.write_bytes(other.read_bytes()[:200_000])
+    (row,) = slides.predict_slides(classifier, [other], out)
+    table = table_of(out)
+    assert row["error"] and table["other"]["error"] == row["error"] and table["other"]["probability"] == ""
+    assert set(data_of(out / "other")) == {"slide.json"}
+    assert not table["two"]["error"] and data_of(out / "two") == before
+    other.write_bytes(two[0].read_bytes())
+    slides.predict_slides(classifier, [other], out)
+    assert set(data_of(out / "other")) == set(before) and not table_of(out)["other"]["error"]
 
 
 def test_processes_share_the_slides(classifier, two, tmp_path):
