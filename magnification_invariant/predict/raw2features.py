@@ -19,8 +19,7 @@ from pathlib import Path
 import torch
 from raw2features.embedders import base  # pyright: ignore[reportMissingImports]
 
-from magnification_invariant.engine import normalisation
-from magnification_invariant.models import embed
+from magnification_invariant.models import embed, normalisation
 from magnification_invariant.predict.classifier import Classifier
 from magnification_invariant.predict.slides import default_scale
 
