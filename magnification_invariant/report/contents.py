@@ -132,7 +132,7 @@ def compare(rows: dict[str, Row], pairs: list[tuple[str, str]]) -> list[Comparis
         by_domain = [(a, b, PRIMARY, domain) for domain in shared if len(shared) > 1]
         tests[1:1] = [(a, b, "auc", None), (a, b, "f1", None), *by_domain]
     tests += [
-        (title, title.removesuffix(SCALED), PRIMARY, None) for title, row in rows.items() if row.part == NORMALISED
+        (title, title.removesuffix(SCALED), PRIMARY, None) for title, row in rows.items() if _is_other_view(row)
     ]
     if pairs and b + SCALED in rows:
         tests.append((a, b + SCALED, PRIMARY, None))
@@ -145,6 +145,12 @@ def compare(rows: dict[str, Row], pairs: list[tuple[str, str]]) -> list[Comparis
         Comparison(*test, each, float(p), i < first)
         for i, (test, each, p) in enumerate(zip(tests, measured, adjusted, strict=True))
     ]
+
+
+def _is_other_view(row: Row) -> bool:
+    """Whether a row is scale-normalised, and shows anything that the protocol view does not."""
+    views = ((run.part("test")["logits"], run.part(row.part)["logits"]) for run in row.runs)
+    return row.part == NORMALISED and not all(np.array_equal(*each) for each in views)
 
 
 def _measure(a: Row, b: Row, metric: str) -> Difference:
