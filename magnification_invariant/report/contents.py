@@ -131,9 +131,7 @@ def compare(rows: dict[str, Row], pairs: list[tuple[str, str]]) -> list[Comparis
         shared = [domain for domain in domains if rows[a].at(domain).runs and rows[b].at(domain).runs]
         by_domain = [(a, b, PRIMARY, domain) for domain in shared if len(shared) > 1]
         tests[1:1] = [(a, b, "auc", None), (a, b, "f1", None), *by_domain]
-    tests += [
-        (title, title.removesuffix(SCALED), PRIMARY, None) for title, row in rows.items() if _is_other_view(row)
-    ]
+    tests += [(title, title.removesuffix(SCALED), PRIMARY, None) for title, row in rows.items() if _is_other_view(row)]
     if pairs and b + SCALED in rows:
         tests.append((a, b + SCALED, PRIMARY, None))
     tests = list(dict.fromkeys(tests))

@@ -38,8 +38,10 @@ def signature_sections(runs: Iterable[Run], refits: int = 0) -> list[Section]:
         every = [run for group in signed.values() for run in group]
         for run in tqdm(every, desc="refitting signatures", disable=None):
             patient_stability(run, refits)
+    most = max(map(len, groups.values()))
+    large = {title: signed[title] for title, group in groups.items() if 2 * len(group) >= most}
     sections += [
-        ("Signatures at equal loss", _equal_loss(signed)),
+        ("Signatures at equal loss", _equal_loss(large)),
         ("Stability on one backbone", _one_backbone(signed)),
     ]
     return sections
@@ -117,7 +119,8 @@ def _equal_loss(signed: dict[str, list[Run]]) -> list:
     return [
         "The smallest signature on the path that reaches the log-loss that every method reaches in that cell: of the "
         "validation patients, and of the tested patients at the unseen magnification. Sizes at penalties chosen apart "
-        "compare penalties; these compare methods. Means over the cells that all methods have.",
+        "compare penalties; these compare methods. Means over the cells that all methods have; "
+        "a method with less than half as many cells as another is left out, since it would leave few.",
         Table(["method", "cells", "size, validation loss", "size, test loss"], rows),
     ]
 

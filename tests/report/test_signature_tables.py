@@ -65,6 +65,12 @@ def test_the_tables_are_read_from_the_records(root, nothing_is_fitted):
     ]
 
 
+def test_a_single_cell_does_not_take_all_others_from_the_comparison(root, nothing_is_fitted):
+    before = tables(root)["Signatures at equal loss"]
+    write_records(root, "gan", 100, 8)
+    assert tables(root)["Signatures at equal loss"] == before and len(tables(root)["Signatures"]) == 3
+
+
 def test_refits_are_shown_where_all_runs_of_a_row_keep_them(root, nothing_is_fitted):
     for seed, nogueira in ((0, 0.3), (1, 0.5)):
         kept = {"subsamples": 30, "nogueira": nogueira, "nogueira_interval": [nogueira - 0.2, nogueira + 0.1]}
