@@ -131,9 +131,8 @@ def balanced_accuracy(y_true: ArrayLike, y_prob: ArrayLike, sample_weight: Array
 @register
 def brier(y_true: ArrayLike, y_prob: ArrayLike, sample_weight: ArrayLike | None = None) -> float:
     """Mean of `(y_prob - y_true)^2` (Brier 1950, one class)."""
-    from sklearn.metrics import brier_score_loss
-
-    return _score(brier_score_loss, (y_true, y_prob, sample_weight), labels=[0, 1])
+    positive, prob, weight = check_binary(y_true, y_prob, sample_weight)
+    return float(weight @ (prob - positive) ** 2)
 
 
 @register

@@ -359,10 +359,10 @@ def _invariance(networks: dict[str, list[Run]]) -> list:
         " magnifications, on patients it was not fitted on; compare it with chance, and with erm's of the same "
         "held-out, fold and seed (paired by patients). Intervals are over patients, the fitted probes taken as given. "
         "One run each. kNN: how often the 10 nearest images of other patients name it, to be compared with the same "
-        "chance: what lies near, where the probe finds any direction. RI, the robustness index of `croma` "
-        "(`[robustness]`): of neighbours that share either the class or the magnification, the share that shares the "
-        "class; 1 is robust, and a class that cannot be told gives about 0.5 whatever the magnification does. Its "
-        "support is the share of images that have such neighbours: a small one makes the index say little.",
+        "chance: what lies near, where the probe finds any direction. RI, the robustness index of PathoROB: of "
+        "neighbours that share either the class or the magnification, the share that shares the class; 1 is robust, "
+        "and a class that cannot be told gives about 0.5 whatever the magnification does. Its support is the share of "
+        "images that have such neighbours: a small one makes the index say little.",
         Table(["method", "run", "fresh probe's balanced accuracy", "chance", "minus erm's", *NEIGHBOURS], rows),
         *maps,
     ]
@@ -378,7 +378,7 @@ def _neighbours(run: Run) -> list[str]:
     try:
         near = metrics.knn_reading(embeddings, keys["domain"], keys["patient"])
         index, support, _ = metrics.robustness_index(embeddings, keys["label"], keys["domain"], keys["patient"])
-    except (ImportError, ValueError):  # croma is not there, or there is too little to compare
+    except ValueError:  # there is too little to compare
         pass
     return [number(each) for each in (near, index, support)]
 

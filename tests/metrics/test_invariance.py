@@ -117,8 +117,20 @@ def test_neighbours_by_hand():
         metrics.knn_reading(x, domains, ["a"] * 5)
 
 
+def test_the_robustness_index_is_cromas():
+    croma, pd = pytest.importorskip("croma"), pytest.importorskip("pandas")
+    for by_class, by_domain in ((0, 0), (0.5, 0.2), (1, 2), (4, 0)):
+        x, label, domain, patient = neighbourhood(by_class, by_domain)
+        manifest = pd.DataFrame({"label": label, "domain": domain, "group_id": patient}).astype(str)
+        manifest["sample_id"] = manifest["image_path"] = [str(i) for i in range(len(x))]
+        reference = croma.RI.compute(
+            x, manifest.assign(dataset="all"), confounder_column="domain", k_candidates=[5, 11, 21, 51]
+        )
+        index = metrics.robustness_index(x, label, domain, patient)
+        assert index == pytest.approx((reference.value, reference.support, reference.k), abs=1e-12)
+
+
 def test_the_robustness_index_tells_class_from_domain():
-    pytest.importorskip("croma")
     by_class = metrics.robustness_index(*neighbourhood(4, 0))
     by_domain = metrics.robustness_index(*neighbourhood(0, 6))
     assert by_class.value > 0.9 > 0.1 > by_domain.value and min(by_class.support, by_domain.support) > 0.3
