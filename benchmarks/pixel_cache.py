@@ -12,11 +12,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from PIL import Image
 
+from magnification_invariant.data import images
 from magnification_invariant.data.pixels import PixelCache
 from magnification_invariant.virtual_slides import render_field, virtual_field
 
@@ -53,7 +55,13 @@ def main() -> None:
         def build() -> None:
             PixelCache(ds, args.height, folder=Path(folder, f"cache{next(rounds)}"))
 
+        def build_by_pillow() -> None:
+            with patch.object(images, "_png_decoder", lambda: None):
+                build()
+
         compare("build the cache", build, "one thread of Pillow", one_thread, args.images, args.rounds)
+        if images._png_decoder() is not None:
+            compare("build, extra [fast]", build, "build by Pillow", build_by_pillow, args.images, args.rounds)
 
         cache = PixelCache(ds, args.height, folder=folder)
         chosen = torch.from_numpy(rng.permutation(args.images)[:64])

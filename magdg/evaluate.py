@@ -70,7 +70,8 @@ def predict(args) -> tuple[dict, float]:
         ds = ds.select(np.flatnonzero(~seen))
         parts = np.full(len(ds), "test", object)
     args.part = args.part or next(part for part in ("test", "test_source", "val") if part in parts)
-    rows = list(classifier.iterate(items_of(ds), view=args.view))
+    kept = ("filename", "error", "logits")  # the embeddings of 10,000 images need not be held
+    rows = [{name: row[name] for name in kept} for row in classifier.iterate(items_of(ds), view=args.view)]
     if failed := [row for row in rows if row["error"]]:
         raise ValueError(f"{len(failed)} images cannot be predicted; {failed[0]['filename']}: {failed[0]['error']}")
     columns = {name: np.array(ds[name][:]) for name in ("label", *keys, "subtype") if name in ds.column_names}

@@ -134,7 +134,7 @@ class Network(torch.nn.Module):
 
     def runner(self) -> Callable[[np.ndarray], list[np.ndarray]]:
         """A function from uint8 tiles (b, 3, size, size) to outputs, float32, on the network's device."""
-        self.eval()
+        self.eval().to(memory_format=torch.channels_last)  # else the weights are turned at every call
 
         @torch.inference_mode()
         def run(tiles: np.ndarray) -> list[np.ndarray]:

@@ -214,10 +214,13 @@ class Run:
         with safetensors.safe_open(self.folder / "embeddings.safetensors", "numpy") as file:
             return file.get_tensor(part)
 
+    @cached_property
+    def _embedded(self) -> pa.Table:
+        return pq.read_table(self.folder / "embeddings.parquet")
+
     def keys(self, part: str) -> dict[str, np.ndarray]:
         """`KEYS` of the rows of `embeddings`."""
-        table = pq.read_table(self.folder / "embeddings.parquet")
-        rows = table.filter(pc.equal(table["part"], part))
+        rows = self._embedded.filter(pc.equal(self._embedded["part"], part))
         return {name: np.asarray(rows[name]) for name in KEYS}
 
     @cached_property

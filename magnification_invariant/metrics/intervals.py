@@ -118,12 +118,17 @@ class _Patients:
         wins = np.zeros((self.count, self.count))
         for rows in self.runs:
             above, below = rows[self.y[rows]], rows[~self.y[rows]]
-            for patient in np.unique(self.patient[below]):
-                own = below[self.patient[below] == patient]
-                rivals, scores = np.sort(benign[own]), malignant[above]
-                beaten = (np.searchsorted(rivals, scores, "left") + np.searchsorted(rivals, scores, "right")) / 2
-                beaten *= self.weight[above] * self.weight[own[0]]
-                wins[:, patient] += np.bincount(self.patient[above], beaten, minlength=self.count)
+            rivals, first, rival = np.unique(self.patient[below], return_index=True, return_inverse=True)
+            values, rank = np.unique(benign[below], return_inverse=True)
+            cells = np.bincount(rival * len(values) + rank, minlength=len(rivals) * len(values))
+            upto = np.zeros((len(rivals), len(values) + 1))  # how many images of a rival are at most the r-th value
+            upto[:, 1:] = cells.reshape(len(rivals), len(values)).cumsum(axis=1)
+            scores = malignant[above]
+            beaten = (upto[:, np.searchsorted(values, scores)] + upto[:, np.searchsorted(values, scores, "right")]) / 2
+            beaten *= self.weight[above] * self.weight[below[first], None]
+            at = self.patient[above] + self.count * np.arange(len(rivals))[:, None]
+            sums = np.bincount(at.ravel(), beaten.ravel(), self.count * len(rivals))
+            wins[:, rivals] += sums.reshape(len(rivals), self.count).T
         return wins
 
     def sums(self, prob: np.ndarray) -> np.ndarray:

@@ -1,6 +1,5 @@
 """Pictures of finished cells, as PNG: the last argument of each is a path, or a file open for writing bytes."""
 
-import io
 from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
@@ -37,9 +36,9 @@ def _save(figure, path) -> None:
 
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # a dollar in a name is no formula
-    drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=100)
-    picture = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    figure.canvas.draw()  # savefig would draw twice, once for the layout, and write a PNG to be read again
+    picture = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+    picture = picture.quantize(256, dither=Image.Dither.NONE)
     picture.save(path, "PNG", optimize=True)
 
 

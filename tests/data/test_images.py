@@ -225,3 +225,103 @@ def test_what_is_no_image(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         to_rgb(Image.new("P", (9, 9)))
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def encoded(pixels: np.ndarray, mode: str | None = None, **options) -> bytes:
+    buffer = io.BytesIO()
+    image = Image.fromarray(pixels)
+    (image.convert(mode) if mode else image).save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+def outcome(content: bytes):
+    """Pixels and notes, or what was raised."""
+    notes = []
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return np.asarray(to_rgb(open_image((None, content)), notes)).tolist(), notes
+    except Exception as error:
+        return type(error), str(error).split(" at 0x")[0]  # an address
+
+
+def outcomes(content: bytes, monkeypatch) -> tuple:
+    """With the quick decoder of PNG and without."""
+    with monkeypatch.context() as patched:
+        patched.setattr(images, "_png_decoder", lambda: None)
+        by_pillow = outcome(content)
+    return outcome(content), by_pillow
+
+
+def magick() -> bytes:
+    """With the chunks of BreaKHis' originals."""
+    plain = encoded(COLOUR)
+    before = chunk(b"bKGD", bytes(6)) + chunk(b"oFFs", bytes(9)) + chunk(b"vpAg", bytes(9))
+    return plain[:33] + before + plain[33:-12] + chunk(b"tEXt", b"date:create\x002014-12-14") + plain[-12:]
+
+
+TURNED = b"4d4d002a000000080001011200030000000100060000000000000000"  # EXIF data: orientation 6
+RAW_PROFILE = b"Raw profile type exif\0\nexif\n      28\n" + TURNED
+
+
+def turned_png() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encoded(COLOUR, exif=exif)
+
+
+ALL_KINDS = {
+    "turned by EXIF": turned_png(),
+    "RGB": encoded(COLOUR),
+    "RGB with its resolution": encoded(COLOUR, dpi=(300, 300)),
+    "grey": encoded(GREY),
+    "palette": encoded(COLOUR, "P"),
+    "palette with transparency": encoded(COLOUR, "P", transparency=3),
+    "transparent colour": encoded(COLOUR, transparency=tuple(COLOUR[5, 5].tolist())),
+    "RGBA": encoded(np.dstack([COLOUR, ALPHA])),
+    "16 bits": encoded(GREY.astype(np.uint16) * 100),
+    "as ImageMagick writes it": magick(),
+    "EXIF as text": encoded(COLOUR)[:33] + chunk(b"tEXt", RAW_PROFILE) + encoded(COLOUR)[33:],
+    "more behind its end": encoded(COLOUR) + b"more",
+    "no end": encoded(COLOUR)[:-12],
+    "another checksum": encoded(COLOUR)[:-16] + b"abcd" + encoded(COLOUR)[-12:],
+}
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_a_quick_decoder_of_png_changes_nothing(kind, monkeypatch):
+    pytest.importorskip("kornia_rs")
+    quick, by_pillow = outcomes(ALL_KINDS[kind], monkeypatch)
+    assert quick == by_pillow
+
+
+def test_the_quick_decoder_is_used_where_it_is_there():
+    pytest.importorskip("kornia_rs")
+    for content in (encoded(COLOUR), magick()):
+        assert np.array_equal(np.asarray(images._plain_png(open_image((None, content)))), COLOUR)
+    assert images._plain_png(open_image((None, turned_png()))) is None
+
+
+def test_a_damaged_png_is_the_same_error_with_a_quick_decoder_and_without(monkeypatch):
+    pytest.importorskip("kornia_rs")
+    whole = magick()
+    rng = np.random.default_rng(0)
+    for _ in range(150):
+        damaged = bytearray(whole)
+        damaged[rng.integers(8, len(whole))] ^= 1 << rng.integers(8)
+        for content in (bytes(damaged), whole[: rng.integers(8, len(whole))]):
+            quick, by_pillow = outcomes(content, monkeypatch)
+            assert quick == by_pillow
+
+
+def test_originals_are_bit_equal_with_a_quick_decoder(breakhis_real, monkeypatch):
+    pytest.importorskip("kornia_rs")
+    originals = sorted(breakhis_real.rglob("*.png"))[:20]
+    assert originals
+    for path in originals:
+        quick, by_pillow = outcomes(path.read_bytes(), monkeypatch)
+        assert quick == by_pillow
