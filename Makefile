@@ -11,7 +11,7 @@ test: .venv/ready
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m "not slow"
 
 test-all: .venv/ready
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --durations=15
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --durations=15 --cov --cov-report=term:skip-covered
 
 quality: .venv/ready
 	$(BIN)/ruff check .
