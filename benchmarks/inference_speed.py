@@ -31,8 +31,8 @@ from torchvision.transforms import Compose, Normalize, ToTensor
 from magnification_invariant.data.apparent_scale import apparent_mpp
 from magnification_invariant.data.images import to_rgb
 from magnification_invariant.data.views import corners, shown_pixels, view_mpp
-from magnification_invariant.engine import normalisation
 from magnification_invariant.model_folder import load_model, write_model_folder
+from magnification_invariant.models import normalisation
 from magnification_invariant.predict import Classifier, find_images, items_of, predict_to_file
 from magnification_invariant.predict.export import export
 from magnification_invariant.virtual_slides import render_field, virtual_field
