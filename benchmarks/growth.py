@@ -83,9 +83,9 @@ def search(factor: int, folder: Path) -> Callable[[], object]:
 PARTS = {"cells on embeddings": cell, "report": report, "search": search}
 
 
-def peak_mb() -> float:
-    """The most memory of this process; Linux hands `ru_maxrss` on to whom a process starts, and this not."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+def megabytes(name: str) -> float:
+    """Of this process, as Linux names it: VmRSS now, VmHWM at most."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) / 1e3
 
 
@@ -97,9 +97,10 @@ def measure(part: str, factor: int) -> None:
             each.mkdir()
         PARTS[part](1, warm)()  # imports, and what is made once
         work = PARTS[part](factor, data)
-        before, started = peak_mb(), time.process_time()
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+        before, started = megabytes("VmRSS"), time.process_time()
         work()
-        print(json.dumps({"seconds": time.process_time() - started, "mb": peak_mb() - before}))
+        print(json.dumps({"seconds": time.process_time() - started, "mb": megabytes("VmHWM") - before}))
 
 
 def exponent(values: list[float]) -> float:

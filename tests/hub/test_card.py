@@ -86,6 +86,12 @@ def test_a_scanner_and_a_fold_that_was_not_fixed_beforehand(tmp_path):
     assert "Fold 2 of 4, seed 0 - *not* the ones fixed" in " ".join(card.split())
 
 
+def test_a_split_that_was_read_from_a_file_has_no_number_of_folds(tmp_path):
+    run = add_model(write_run(tmp_path, "erm", 200, split={"file_sha256": "0"}), tmp_path)
+    card = (stage(run.folder, "me/model", tmp_path / "staged") / "README.md").read_text()
+    assert "200X was held out altogether. Fold 0, seed 0, fixed beforehand." in " ".join(card.split())
+
+
 @pytest.mark.parametrize("folder", CARDS, ids=lambda folder: folder.name)
 def test_published_cards_are_what_their_records_say(folder):
     """To renew them: `python benchmarks/train_virtual.py --cards-only`."""
