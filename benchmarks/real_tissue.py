@@ -140,6 +140,7 @@ def shown(value, digits: int = 3) -> str:
 
 def report(table, command: str, machine: str) -> str:
     from magnification_invariant.metrics import paired_difference
+    from magnification_invariant.report.page import number
 
     rows = [row for row in (*FLOORS, *ROWS) if (table["row"] == row).any()]
     tested = table[table["part"] == "test"]
@@ -183,7 +184,7 @@ def report(table, command: str, machine: str) -> str:
             some[some["part"] == name]["log_odds"].astype(float).mean()
             for name in ("probe", "size", "width", "nogueira")
         ]
-        text.append(f"| {row} | {means[0]:.3f} | {means[1]:.0f} | {means[2]:.0f} | {means[3]:.2f} |")
+        text.append(f"| {row} | {means[0]:.3f} | {means[1]:.0f} | {means[2]:.0f} | {number(means[3], 2)} |")
     text += [
         "",
         "Differences of AUC and Brier at unseen scales, paired by patient (interval; p of a permutation test, not",

@@ -32,12 +32,14 @@ def _figure(n: int, width: float = 4.2, height: float = 4.0):
 
 def _save(figure, path) -> None:
     """At most 256 colours, which makes a third of the bytes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # a dollar in a name is no formula
-    figure.canvas.draw()  # savefig would draw twice, once for the layout, and write a PNG to be read again
-    picture = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+    canvas = FigureCanvasAgg(figure)  # savefig would draw twice, once for the layout, and write a PNG to be read again
+    canvas.draw()
+    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     picture = picture.quantize(256, dither=Image.Dither.NONE)
     picture.save(path, "PNG", optimize=True)
 
