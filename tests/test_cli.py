@@ -179,7 +179,7 @@ def test_workers_end_with_the_command(breakhis_tree, tmp_path):
     command = [sys.executable, "-m", "magdg", "lomo", "--data", str(breakhis_tree), *SMALL, "--epochs", "5000"]
     command += ["--workers", "2", "--output-dir", str(tmp_path)]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
-        while process.poll() is None and not list(tmp_path.glob("*/epochs/0001.parquet")):
+        while process.poll() is None and not list(tmp_path.glob("*/epochs/0001.json")):
             time.sleep(0.1)
         process.terminate()
         assert "terminated; the same command" in process.stderr.read() and process.wait() == 143
