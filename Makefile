@@ -1,6 +1,7 @@
 # Every target sets itself up: Python 3.11+, make and git are all a fresh machine needs.
 PYTHON ?= python3
 BIN := .venv/bin
+EVERY_CORE := --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .PHONY: demo test test-all test-min quality style docs dist clean
 
@@ -8,10 +9,10 @@ demo: .venv/ready
 	$(BIN)/magdg demo
 
 test: .venv/ready
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest $(EVERY_CORE) -m "not slow"
 
 test-all: .venv/ready
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --durations=15 --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest $(EVERY_CORE) --durations=15 --cov --cov-report=term:skip-covered
 
 quality: .venv/ready
 	$(BIN)/ruff check .
@@ -36,7 +37,7 @@ docs: .venv/ready
 
 # The lowest versions that setup.cfg allows, of what it names; of the rest what goes with them.
 test-min: .venv-min/ready
-	.venv-min/bin/python -m pytest -m "not slow"
+	.venv-min/bin/python -m pytest $(EVERY_CORE) -m "not slow"
 
 dist: .venv/ready
 	UV=$(BIN)/uv PYTHON=$(BIN)/python .ci/dist

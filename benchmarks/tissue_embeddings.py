@@ -22,12 +22,8 @@ from pathlib import Path
 
 TAKEN_AT, ZOOMED = 100, (100, 141, 200)
 METHODS = ("erm", "dann", "cdann", "coral")
-SCHEDULES = (
-    ("dann", 0.3),
-    ("dann", 3.0),
-    ("constant", 1.0),
-    ("adaptive", 1.0),
-)  # of DANN's coefficient, beside its own
+# Of DANN's coefficient, beside its default.
+SCHEDULES = (("dann", 0.3), ("dann", 3.0), ("constant", 1.0), ("adaptive", 1.0))
 
 
 def parse_args() -> argparse.Namespace:

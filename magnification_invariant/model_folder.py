@@ -15,7 +15,7 @@ from PIL import Image
 from magnification_invariant.data.published import slides
 from magnification_invariant.files import read_json, whole
 from magnification_invariant.hub_files import resolve, snapshot
-from magnification_invariant.models import VECTOR_MODELS, create_vector_model, plain_architecture
+from magnification_invariant.models import VECTOR_MODELS, create_network, plain_architecture
 from magnification_invariant.models.domain_head import PREFIX
 from magnification_invariant.models.magdg import head_prefixes
 from magnification_invariant.virtual_slides import YEAR, render_field, virtual_field
@@ -174,8 +174,7 @@ def load_model(folder: Path, config: dict[str, Any]) -> torch.nn.Module:
     """
     file = resolve(str(folder), "model.safetensors")
     arguments = config.get("model_args", {})
-    create = create_vector_model if config["architecture"] in VECTOR_MODELS else timm.create_model
-    model = create(config["architecture"], num_classes=config["num_classes"], **arguments).eval()
+    model = create_network(config["architecture"], num_classes=config["num_classes"], **arguments).eval()
     if hasattr(model, "set_input_size"):  # of networks that are made for one size, such as ViTs
         model.set_input_size(img_size=tuple(config["pretrained_cfg"]["input_size"][1:]))
     of_pixels = {name: config["pretrained_cfg"][name] for name in ("mean", "std") if name in config["pretrained_cfg"]}

@@ -53,6 +53,8 @@ def apparent_mpp(image: Image.Image) -> float | None:
 def otsu(values: np.ndarray) -> float:
     """The threshold that leaves the least variance within the two sides (Otsu 1979)."""
     low, high = float(values.min()), float(values.max())
+    if low == high:  # bins of one value, as NumPy's histogram has them: a blank slide is one
+        low, high = low - 0.5, high + 0.5
     bins = ((values.ravel() - low) * (128 / (high - low))).astype(np.intp)
     count = np.bincount(np.minimum(bins, 127, out=bins), minlength=128)
     middle = low + (high - low) * (np.arange(128) + 0.5) / 128

@@ -18,14 +18,14 @@ from magnification_invariant.models.magdg import (
     plain_architecture,
     scope_stage,
 )
-from magnification_invariant.models.vectors import VECTOR_MODELS, create_vector_model
+from magnification_invariant.models.vectors import VECTOR_MODELS, create_network
 
 __all__ = [
     "HUB_NAMESPACE",
     "PACKAGED",
     "VECTOR_MODELS",
     "channel_statistics",
-    "create_vector_model",
+    "create_network",
     "embed",
     "head_prefixes",
     "normalisation",

@@ -1,6 +1,7 @@
 """Classifiers of vectors, such as the embeddings of a foundation model: like timm's, but their input is (b, width)."""
 
 import numpy as np
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -65,16 +66,18 @@ class VectorClassifier(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def create_vector_model(name: str, *, num_classes: int = 2, **arguments) -> VectorClassifier:
-    """A new classifier of vectors; timm's registry has none of these, for its models are of images.
+def create_network(arch: str, *, num_classes: int, **arguments) -> nn.Module:
+    """A new classifier of images, as timm makes it, or of vectors, which are not in timm's registry.
 
     Args:
-        name: One of `VECTOR_MODELS`.
+        arch: A name of timm's, ``hf-hub:...``, ``local-dir:...``, or one of `VECTOR_MODELS`.
         num_classes: Class logits.
-        **arguments: ``width``, of the vectors, and ``hidden``, in place of the name's units.
+        **arguments: Of `timm.create_model`; of vectors ``width``, theirs, and ``hidden``, in place of the name's units.
     """
-    model = VectorClassifier(num_classes, **{"hidden": VECTOR_MODELS[name]} | arguments)
+    if arch not in VECTOR_MODELS:
+        return timm.create_model(arch, num_classes=num_classes, **arguments)
+    model = VectorClassifier(num_classes, **{"hidden": VECTOR_MODELS[arch]} | arguments)
     # What timm leaves on its models, and `model_folder` reads.
-    model.pretrained_cfg = {"architecture": name, "first_conv": None, "classifier": "head"}
+    model.pretrained_cfg = {"architecture": arch, "first_conv": None, "classifier": "head"}
     model._model_args = arguments
     return model

@@ -5,10 +5,9 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
-import timm
 from torch import Tensor, nn
 
-from magnification_invariant.models import VECTOR_MODELS, create_vector_model
+from magnification_invariant.models import create_network
 from magnification_invariant.tasks.options import check_options, option
 
 TASKS: dict[str, type["Task"]] = {}
@@ -74,10 +73,9 @@ class Task(nn.Module):
             num_classes: Class logits.
             num_domains: Training domains; of no concern to methods without a domain head.
             image_size: Side of the input in pixels; networks that are made for one size, such as ViTs, need it.
-            **kwargs: Of `timm.create_model`, or of `create_vector_model`.
+            **kwargs: Of `create_network`.
         """
-        create = create_vector_model if arch in VECTOR_MODELS else timm.create_model
-        model = create(arch, num_classes=num_classes, **kwargs)
+        model = create_network(arch, num_classes=num_classes, **kwargs)
         if image_size and hasattr(model, "set_input_size"):
             model.set_input_size(img_size=(image_size, image_size))
         return model

@@ -12,7 +12,7 @@ import tifffile
 from PIL import Image, ImageOps
 
 from magnification_invariant.data import images
-from magnification_invariant.data.apparent_scale import apparent_mpp
+from magnification_invariant.data.apparent_scale import apparent_mpp, otsu
 from magnification_invariant.data.images import check, open_image, to_rgb
 
 GREY = np.random.default_rng(0).integers(1, 255, (40, 50), dtype=np.uint8)
@@ -195,6 +195,14 @@ def test_a_field_of_one_colour_is_said_to_be_one_and_is_no_error(size, colour):
     image = Image.new("RGB", size, colour)
     assert apparent_mpp(image) is None
     assert seen(image)[1] == "hardly any tissue: a field of one colour"
+
+
+def test_the_threshold_is_scikit_images_and_a_constant_has_one_too():
+    filters, rng = pytest.importorskip("skimage.filters"), np.random.default_rng(0)
+    values = np.concatenate([rng.normal(0, 1, 500), rng.normal(4, 1.5, 300)]).astype(np.float32).reshape(20, -1)
+    assert otsu(values) == pytest.approx(filters.threshold_otsu(values, 128), rel=1e-5)
+    for constant in (0.0, 7.0):
+        assert constant - 0.5 <= otsu(np.full((8, 8), constant, np.float32)) < constant
 
 
 def test_images_are_as_large_as_memory_allows(tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from magnification_invariant.lomo.embedded import embed_images, load_network
 from magnification_invariant.lomo.run import run_cell
 from magnification_invariant.metrics import patient_weights
 from magnification_invariant.model_folder import load_vector_model, open_model
-from magnification_invariant.models import PACKAGED, VECTOR_MODELS, add_domain_head, create_vector_model
+from magnification_invariant.models import PACKAGED, VECTOR_MODELS, add_domain_head, create_network
 from magnification_invariant.records import PARTS, Run
 from magnification_invariant.tasks import ERM
 from magnification_invariant.tasks.floors import PENALTIES, Labelled, l2
@@ -228,7 +228,7 @@ def test_embeddings_of_another_network_are_other_data(columns, finished, tmp_pat
 @pytest.mark.parametrize("name", VECTOR_MODELS)
 def test_a_vector_classifier_has_what_methods_ask_of_timms(name):
     assert not timm.is_model(name)  # whose tests and tools expect images
-    model = create_vector_model(name, num_classes=2, width=6).eval()
+    model = create_network(name, num_classes=2, width=6).eval()
     x = torch.randn(4, 6)
     model.standardise(np.random.default_rng(0).standard_normal((20, 6)) * 3 + 1, np.ones(20))
     pooled = model.forward_head(model.forward_features(x), pre_logits=True)
@@ -236,7 +236,7 @@ def test_a_vector_classifier_has_what_methods_ask_of_timms(name):
     assert torch.equal(pooled, (x - model.mean) / model.std) == (name == "mag_linear")
     if name == "mag_hidden":
         before = model(x)
-        with_head = add_domain_head(create_vector_model(name, num_classes=2, width=6), 3).eval()
+        with_head = add_domain_head(create_network(name, num_classes=2, width=6), 3).eval()
         with_head.load_state_dict(model.state_dict())  # a file without the head
         assert torch.equal(with_head(x), before)
         model.load_state_dict(with_head.state_dict())  # and one with it
