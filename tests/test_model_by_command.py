@@ -95,9 +95,10 @@ def test_the_page_answers_with_every_model(model, image):
 
     page = app.build(model)
     (predict,) = [fn for fn in page.fns.values() if fn.api_name == "predict"]
-    shown, note, *figures, similar = predict.fn(image, "0.5", None)
+    shown, note, figure, similar, table, _, (row,) = predict.fn([image], "0.5", None)
     assert 0 <= shown["malignant"] <= 1 and np.isclose(sum(shown.values()), 1)
-    assert "um/px" in note and "images of" in note and len(figures) == 2 and similar == []
+    assert "um/px" in note and "images of" in note and len(figure.axes) == 4 and similar == []
+    assert row["error"] is None and row["probability"] == shown["malignant"] and not table.visible
 
 
 def test_patients_that_a_model_has_seen_are_no_evaluation(run, slides, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """A collection into a file: shards, a cut run, several processes, damaged files, and the command."""
 
 import csv
+import io
 import json
 import multiprocessing
 import os
@@ -128,7 +129,9 @@ def test_no_cell_of_a_csv_is_a_formula(classifier, pictures, tmp_path, monkeypat
     assert {os.path.normpath(row["filename"]) for row in rows} == set(names)
     assert not any(cell.startswith(("=", "+", "-", "@", "\t", "\r")) for row in rows for cell in row.values())
     assert all(0 <= float(row["probability"]) <= 1 for row in rows)
-    assert predictions.cell("error", "=HYPERLINK()") == "'=HYPERLINK()" and predictions.cell("mpp", -0.5) == -0.5
+    file = io.StringIO()
+    predictions.write_csv(file, ["error", "mpp"], [{"error": "=HYPERLINK()", "mpp": -0.5}])
+    assert file.getvalue().splitlines() == ["error,mpp", "'=HYPERLINK(),-0.5"]
 
 
 def test_no_space_left(classifier, pictures, tmp_path):
